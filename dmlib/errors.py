@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -306,11 +306,12 @@ class CleanupError(DmError, ExceptionGroup):
     The first cause is chained as ``__cause__``; ``exceptions`` are the failures of the clean-up.
     """
 
-    def __new__(cls, message: str, exceptions: Sequence[Exception]) -> CleanupError:
-        self: CleanupError = super().__new__(cls, message, exceptions)
-        return self
+    def __new__(cls, message: str, exceptions: Sequence[Exception]) -> Self:
+        """Take the message and the failures; a group must set itself up here."""
+        return super().__new__(cls, message, exceptions)
 
-    def derive(self, excs: Sequence[Exception]) -> CleanupError:  # type: ignore[override] - only ever of Exceptions
+    def derive(self, excs: Sequence[Exception]) -> CleanupError:  # type: ignore[override] # only ever of Exceptions
+        """Return a part of this group, for ``except*``."""
         return CleanupError(self.message, excs)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""
+r"""
 Names, uuids, thin ids and device numbers, checked by the rules of the kernel and of libdevmapper.
 
-libdevmapper stores every byte of a name that udev would not like as ``\\xNN`` ("mangling"), and
+libdevmapper stores every byte of a name that udev would not like as ``\xNN`` ("mangling"), and
 undoes it when reading. dmlib leaves that to it, but needs the mangled form for two things: the length
 limit counts its bytes, and the device node carries it.
 """
@@ -40,11 +40,11 @@ _MANGLED_BYTES: Final = re.compile(rb"\\x([0-9A-Fa-f]{2})")
 
 
 def mangle(text: str) -> str:
-    """
-    Return *text* as libdevmapper stores it: bytes outside its list become ``\\xNN``.
+    r"""
+    Return *text* as libdevmapper stores it: bytes outside its list become ``\xNN``.
 
     >>> mangle("my disk")
-    'my\\\\x20disk'
+    'my\\x20disk'
     """
     raw = os.fsencode(text)
     return "".join(chr(byte) if _UNMANGLED.match(bytes((byte,))) else f"\\x{byte:02x}" for byte in raw)

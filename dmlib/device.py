@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: MIT
+"""
+A mapped device, by name: create, load, resume, suspend, reload, remove, ask.
+
+A device has two slots for tables. ``load`` fills the inactive one and disturbs nobody; ``resume`` makes it live.
+A device outlives the process that made it, so :class:`Device` is a name, not a handle: dropping the object
+does nothing, and nothing has to be closed.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+from dmlib import ids
+from dmlib._undo import Undo
+from dmlib.errors import ArgumentError, DeviceBusyError, DeviceNotFoundError, StateError
+from dmlib.section import Hold, run_section
+from dmlib.table import Table, status_from_entries
+from dmlib.task import DeviceInfo, Operation, Task
+from dmlib.udev import UdevFlags, node_path
+from dmlib.usage import users_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dmlib.table import StatusSegment
+
+SUSPEND_TIMEOUT: Final = 30.0
+"""Seconds after which a suspend that the kernel does not finish is given up, unless told otherwise."""
+
+REMOVE_TIMEOUT: Final = 5.0
+"""Seconds for which a busy device is tried again: udev and blkid tend to have a new device open for a moment."""
+
+_FIRST_PAUSE: Final = 0.005
+_LONGEST_PAUSE: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """
+    A mapped device, named. Making the object asks the kernel nothing.
+
+    Args:
+        name: Its name, without directory.
+
+    Raises:
+        ArgumentError: No device can have this name.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        ids.check_name(self.name)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    @property
+    def path(self) -> str:
+        """Path of the device's node below ``/dev/mapper``, which exists from the first resume on."""
+        return node_path(self.name)
+
+    # -- making and removing
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        table: Table | None = None,
+        *,
+        uuid: str | None = None,
+        readonly: bool = False,
+        udev: UdevFlags = UdevFlags.NONE,
+    ) -> Self:
+        """
+        Create a device; with a *table*, load it and make it live. All of it happens, or nothing stays.
+
+        Args:
+            name: Its name.
+            table: Its table. Without one the device has no size and no node until it is loaded and resumed.
+            uuid: Its uuid, which it keeps for life.
+            readonly: The table refuses writes.
+            udev: What udev's rules leave out for it.
+
+        Returns:
+            The device.
+
+        Raises:
+            ArgumentError: A name or uuid that cannot be.
+            DeviceExistsError: The name or the uuid is taken.
+            TargetRefusedError: A target would not take its part of the table; ``kernel_log`` tends to say why.
+            CleanupError: It failed, and the half-made device could not be removed.
+
+        Source: DM_DEV_CREATE, DM_TABLE_LOAD, DM_DEV_SUSPEND.
+        """
+        device = cls(name)
+        create = Task(Operation.CREATE, name=name, uuid=uuid)
+        with Undo(f"create {name}") as undo:
+            undo.push(lambda: create.succeeded and device.remove(timeout=REMOVE_TIMEOUT))
+            create.run()
+            if table is not None:
+                device.load(table, readonly=readonly)
+                device.resume(udev=udev)
+        return device
+
+    @classmethod
+    @contextmanager
+    def temporary(cls, table: Table, *, name: str | None = None, uuid: str | None = None) -> Iterator[Self]:
+        """
+        Create a device that is removed when the ``with`` block ends.
+
+        Args:
+            table: Its table.
+            name: Its name; a random one by default.
+            uuid: Its uuid; by default one that tells dmlib's own.
+
+        Raises:
+            DeviceBusyError: At the end: somebody still uses it, so it stays.
+        """
+        name = f"dmlib-{secrets.token_hex(6)}" if name is None else name
+        device = cls.create(name, table, uuid=uuid or f"{ids.UUID_PREFIX}temporary-{secrets.token_hex(16)}")
+        try:
+            yield device
+        finally:
+            if device.exists():
+                device.remove()
+
+    def remove(self, *, deferred: bool = False, timeout: float = REMOVE_TIMEOUT) -> None:
+        """
+        Remove the device with both its tables.
+
+        Args:
+            deferred: If it is in use, let the kernel remove it when the last user closes it.
+            timeout: Seconds for which a busy device is tried again; 0 tries once.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            DeviceBusyError: It is still in use; ``users`` says by whom, as far as can be seen.
+
+        Minimum driver: 4.27 (Linux 3.13) for *deferred*.
+
+        Source: DM_DEV_REMOVE.
+        """
+        deadline = time.monotonic() + timeout
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                Task(Operation.REMOVE, name=self.name, deferred=deferred).run()
+            except DeviceBusyError as busy:
+                if time.monotonic() + pause > deadline:
+                    users = [str(user) for user in users_of(self.info().number)]
+                    raise DeviceBusyError(
+                        busy.operation, busy.device, log=busy.log, kernel_log=busy.kernel_log, users=users
+                    ) from None
+            else:
+                return
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def cancel_deferred_removal(self) -> None:
+        """
+        Keep a device that was to go when its last user closes it; no error if nothing was scheduled.
+
+        Raises:
+            DeviceNotFoundError: It is gone already.
+
+        Minimum driver: 4.27 (Linux 3.13).
+
+        Source: DM_TARGET_MSG, ``@cancel_deferred_remove``.
+        """
+        Task(Operation.MESSAGE, name=self.name, message="@cancel_deferred_remove").run()
+
+    def rename(self, name: str) -> Self:
+        """
+        Give the device another name; tables, users and uuid stay.
+
+        Returns:
+            The device under its new name; this object names nothing any more.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            DeviceExistsError: The name is taken, also if it is the device's own.
+
+        Source: DM_DEV_RENAME.
+        """
+        Task(Operation.RENAME, name=self.name, new=name).run()
+        return type(self)(name)
+
+    def set_uuid(self, uuid: str) -> None:
+        """
+        Give the device its uuid, which can be done once.
+
+        Raises:
+            DeviceExistsError: Another device has it.
+            TaskError: The device has one already (EINVAL).
+
+        Minimum driver: 4.19 (Linux 2.6.37).
+
+        Source: DM_DEV_RENAME with DM_UUID_FLAG.
+        """
+        Task(Operation.SET_UUID, name=self.name, new=uuid).run()
+
+    # -- tables
+
+    def load(self, table: Table, *, readonly: bool = False) -> None:
+        """
+        Put *table* into the inactive slot; I/O keeps using the live one.
+
+        Args:
+            table: Segments from sector 0 without gaps (512-byte sectors).
+            readonly: The new table refuses writes once live.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            TargetRefusedError: A target's constructor failed; ``kernel_log`` tends to say why.
+
+        Source: DM_TABLE_LOAD.
+        """
+        self._load_task(table, readonly=readonly).run()
+
+    def _load_task(self, table: Table, *, readonly: bool) -> Task:
+        return Task(Operation.LOAD, name=self.name, targets=table.entries(), readonly=readonly)
+
+    def clear(self) -> None:
+        """
+        Drop the inactive table, if there is one; the live one is not touched.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+
+        Source: DM_TABLE_CLEAR.
+        """
+        Task(Operation.CLEAR, name=self.name).run()
+
+    def resume(self, *, udev: UdevFlags = UdevFlags.NONE) -> None:
+        """
+        Make the inactive table live, if there is one, and let I/O go on.
+
+        Replacing a live table in a device that is not suspended makes the kernel suspend it with a flush first,
+        without a deadline: :meth:`reload` is the verb for that.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            TargetRefusedError: A target would not start. The device stays suspended, with the new table: load
+                the old one and resume again. :meth:`reload` does that by itself.
+            UdevTimeoutError: Resumed, but udev did not answer and the node is wrong.
+
+        Source: DM_DEV_SUSPEND without DM_SUSPEND_FLAG.
+        """
+        Task(Operation.RESUME, name=self.name, udev=udev).run()
+
+    def suspend(self, *, flush: bool = True, lockfs: bool = True, timeout: float | None = SUSPEND_TIMEOUT) -> None:
+        """
+        Hold back new I/O until :meth:`resume`. Whatever uses the device waits meanwhile, perhaps this process too.
+
+        Args:
+            flush: Wait for I/O in flight. Without, it is held back as well, as far as the target can do that.
+            lockfs: Freeze a mounted file system first, so that what is below is consistent.
+            timeout: Seconds the kernel may take; ``None`` waits for ever.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            SuspendTimeoutError: It took longer; a thread resumes the device the moment the kernel has suspended it.
+            TaskError: A file system would not freeze, or a target refused.
+
+        Source: DM_DEV_SUSPEND with DM_SUSPEND_FLAG.
+        """
+        run_section([self.hold(flush=flush, lockfs=lockfs)], timeout=timeout, keep_suspended=True)
+
+    def hold(self, *, flush: bool = True, lockfs: bool = True) -> Hold:
+        """Return what :func:`dmlib.section.run_section` needs to suspend and resume this device."""
+        return Hold(
+            suspend=Task(Operation.SUSPEND, name=self.name, flush=flush, lockfs=lockfs),
+            resume=Task(Operation.RESUME, name=self.name),
+        )
+
+    @contextmanager
+    def suspended(
+        self, *, flush: bool = True, lockfs: bool = True, timeout: float | None = SUSPEND_TIMEOUT
+    ) -> Iterator[Self]:
+        """
+        Suspend the device for the length of a ``with`` block; it is resumed however the block ends.
+
+        Python runs while the device is suspended. If the process, its libraries or its swap lie on that device,
+        it may wait for itself for ever: dmlib's own snapshots do not work this way.
+
+        Args:
+            flush: See :meth:`suspend`.
+            lockfs: See :meth:`suspend`.
+            timeout: See :meth:`suspend`.
+
+        Raises:
+            StateError: The device is suspended already, so this block is not the one to resume it.
+            SuspendTimeoutError: See :meth:`suspend`.
+        """
+        if self.info().suspended:
+            raise StateError(self.name, "is suspended already, by somebody who will want to resume it")
+        entered = False
+        try:
+            self.suspend(flush=flush, lockfs=lockfs, timeout=timeout)
+            entered = True
+            yield self
+        finally:
+            # A signal handler may have raised just as the suspend came back; then the kernel is asked.
+            if entered or self.info().suspended:
+                self.resume()
+
+    def reload(
+        self,
+        table: Table,
+        *,
+        flush: bool = True,
+        lockfs: bool = True,
+        readonly: bool | None = None,
+        timeout: float | None = SUSPEND_TIMEOUT,
+    ) -> None:
+        """
+        Replace the live table in one safe step: load, suspend, resume. On failure the old table is live as before.
+
+        Args:
+            table: The new table.
+            flush: See :meth:`suspend`. Growing a device needs none.
+            lockfs: See :meth:`suspend`.
+            readonly: The new table refuses writes; as before by default.
+            timeout: See :meth:`suspend`.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            StateError: It has no live table yet (use :meth:`load` and :meth:`resume`), or is suspended.
+            TargetRefusedError: A target would not take the new table, or not start with it.
+            SuspendTimeoutError: See :meth:`suspend`; the new table was dropped.
+            CleanupError: Neither the new nor the old table could be resumed; the device is still suspended.
+
+        Cost: four ioctls (table, load, suspend, resume).
+        """
+        before = Task(Operation.TABLE, name=self.name).run()
+        if not before.device.live_table:
+            raise StateError(self.name, "has no live table to replace: use load() and resume()")
+        if before.device.suspended:
+            raise StateError(self.name, "is suspended, by somebody who will want to resume it")
+        readonly = before.device.readonly if readonly is None else readonly
+        load = self._load_task(table, readonly=readonly)
+        plain = self.hold(flush=flush, lockfs=lockfs)
+        swap = Hold(
+            suspend=plain.suspend,
+            resume=plain.resume,
+            clear=Task(Operation.CLEAR, name=self.name),
+            restore=Task(Operation.LOAD, name=self.name, targets=before.lines, readonly=before.device.readonly),
+            resume_restored=Task(Operation.RESUME, name=self.name),
+        )
+        with Undo(f"reload {self.name}") as undo:
+            undo.push(lambda: load.succeeded and self.clear())
+            load.run()
+            run_section([swap], timeout=timeout)
+
+    # -- asking
+
+    def exists(self) -> bool:
+        """Return whether there is a device of this name; the one question about it that absence does not fail."""
+        try:
+            self.info()
+        except DeviceNotFoundError:
+            return False
+        return True
+
+    def info(self) -> DeviceInfo:
+        """
+        Return the state of the device.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+
+        Cost: one ioctl.
+
+        Source: DM_DEV_STATUS.
+        """
+        return Task(Operation.INFO, name=self.name).run().device
+
+    def table(self, *, inactive: bool = False, strict: bool = False) -> Table | None:
+        """
+        Return the live table, or the inactive one; ``None`` if there is none.
+
+        Args:
+            inactive: Look at the table that waits for a resume.
+            strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            ParseError: In strict mode.
+
+        Minimum driver: 4.16 (Linux 2.6.32) for *inactive*.
+
+        Cost: one ioctl.
+
+        Source: DM_TABLE_STATUS with DM_STATUS_TABLE_FLAG.
+        """
+        lines = Task(Operation.TABLE, name=self.name, inactive=inactive).run().lines
+        return Table.from_entries(lines, strict=strict) if lines else None
+
+    def status(self, *, flush: bool = False, strict: bool = False) -> tuple[StatusSegment, ...]:
+        """
+        Return the status of each segment; empty without a live table.
+
+        Args:
+            flush: Let a thin pool commit its metadata first, as ``dmsetup status`` does. That writes, and may have
+                to wait; without it the call always answers at once.
+            strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            ParseError: In strict mode.
+
+        Cost: one ioctl.
+
+        Source: DM_TABLE_STATUS.
+        """
+        return status_from_entries(Task(Operation.STATUS, name=self.name, flush=flush).run().lines, strict=strict)
+
+    def deps(self, *, inactive: bool = False) -> tuple[ids.DeviceNumber, ...]:
+        """
+        Return the devices that the table stands on.
+
+        Args:
+            inactive: Ask about the table that waits for a resume.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+
+        Cost: one ioctl.
+
+        Source: DM_TABLE_DEPS.
+        """
+        return Task(Operation.DEPS, name=self.name, inactive=inactive).run().deps
+
+    def message(self, text: str, *, sector: int = 0) -> str | None:
+        """
+        Send a message to a target of the live table.
+
+        Args:
+            text: The message, its words separated by spaces.
+            sector: The target is the one at this sector.
+
+        Returns:
+            The target's answer, if it gives one.
+
+        Raises:
+            ArgumentError: Empty, or with NUL in it.
+            DeviceNotFoundError: There is no such device.
+            StateError: It has no live table. (The kernel calls that success, and delivers nothing.)
+            TargetRefusedError: The target does not know or take the message.
+
+        Minimum driver: 4.2; answers 4.24.
+
+        Cost: one ioctl.
+
+        Source: DM_TARGET_MSG.
+        """
+        return self.deliver(self.message_task(text, sector=sector))
+
+    def message_task(self, text: str, *, sector: int = 0) -> Task:
+        """Return a message that is ready to be sent."""
+        if not text.strip() or "\0" in text:
+            raise ArgumentError("text", text, "must have a word and no NUL")
+        return Task(Operation.MESSAGE, name=self.name, message=text, sector=sector)
+
+    def deliver(self, message: Task) -> str | None:
+        """Send a message made by :meth:`message_task`; see :meth:`message`."""
+        result = message.run()
+        if not result.device.live_table:
+            raise StateError(self.name, "has no live table, so the message reached nobody")
+        return result.response

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""The driver as a whole: its version, its targets, its devices."""
+
+from __future__ import annotations
+
+from dmlib._control import ListedDevice, list_devices
+from dmlib._ffi import library_version
+from dmlib.task import Operation, Task
+
+__all__ = ["ListedDevice", "driver_version", "library_version", "list_devices", "target_versions"]
+
+
+def driver_version() -> tuple[int, int, int]:
+    """
+    Return the version of the driver's interface, such as ``(4, 47, 0)``.
+
+    Raises:
+        DriverUnavailableError: There is no driver, or no permission to use it.
+
+    Source: DM_VERSION.
+    """
+    return dict(Task(Operation.VERSION).run().versions)["driver"]
+
+
+def target_versions() -> dict[str, tuple[int, int, int]]:
+    """
+    Return the targets that are loaded into the kernel, with their versions.
+
+    A target whose module is not loaded yet is not listed; loading a table that names it loads the module.
+
+    Raises:
+        DriverUnavailableError: There is no driver, or no permission to use it.
+
+    Source: DM_LIST_VERSIONS, driver 4.1.
+    """
+    return dict(Task(Operation.TARGET_VERSIONS).run().versions)

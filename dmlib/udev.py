@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""
+Working together with udev: cookies, waits that end, and the device node as it must be afterwards.
+
+udev makes the nodes and links of a device and tells by a cookie, a SysV semaphore, that it is done. A udev that
+is dead, stopped or in another IPC namespace never tells, so every wait here has a deadline, after which dmlib takes
+the cookie down and makes the node itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import time
+from typing import Any, Final
+
+from dmlib import _ffi, ids
+from dmlib.errors import ArgumentError, UnsupportedError
+
+_log: Final = logging.getLogger("dmlib.udev")
+_FIRST_PAUSE: Final = 0.001
+_LONGEST_PAUSE: Final = 0.02
+
+_timeout = 30.0
+
+
+class UdevFlags(enum.IntFlag):
+    """
+    What udev's rules are asked to leave out for a device; valid until its next uevent.
+
+    Source: libdevmapper, ``dm_task_set_cookie``.
+    """
+
+    NONE = 0
+    DISABLE_SUBSYSTEM_RULES = 0x0002
+    DISABLE_DISK_RULES = 0x0004
+    DISABLE_OTHER_RULES = 0x0008
+    LOW_PRIORITY = 0x0010
+    PRIVATE = DISABLE_SUBSYSTEM_RULES | DISABLE_DISK_RULES | DISABLE_OTHER_RULES
+
+
+def udev_timeout() -> float:
+    """Return for how many seconds a verb waits for udev before it sees to the device node itself."""
+    return _timeout
+
+
+def set_udev(mode: str = "auto", *, timeout: float = 30.0) -> None:
+    """
+    Say how this process works together with udev; best called before the first device is touched.
+
+    Args:
+        mode: ``"auto"``: synchronise where udev runs. ``"off"``: do not, libdevmapper makes the nodes (containers
+            whose udev belongs to somebody else; the environment variable ``DM_DISABLE_UDEV`` does the same).
+            ``"on"``: insist.
+        timeout: Seconds for which a verb waits for udev. After that, dmlib logs a warning, takes the cookie down
+            and makes the node itself.
+
+    Raises:
+        ArgumentError: Another word, or a timeout that is not positive.
+        UnsupportedError: ``"on"``, and libdevmapper sees no udev.
+    """
+    global _timeout  # noqa: PLW0603 - libdevmapper's own switch is one per process too
+    if mode not in ("auto", "off", "on"):
+        raise ArgumentError("mode", mode, "must be auto, off or on")
+    if not timeout > 0:
+        raise ArgumentError("timeout", timeout, "must be positive")
+    lib, _ = _ffi.connect() if mode == "on" else _ffi.load()
+    with _ffi.lock:
+        lib.dm_udev_set_sync_support(0 if mode == "off" else 1)
+        if mode == "on" and not lib.dm_udev_get_sync_support():
+            raise UnsupportedError("udev synchronisation", "a running udev that this process can see", "none")
+    _timeout = timeout
+
+
+class Cookie:
+    """One cookie of one task; 0 where there is no udev to wait for."""
+
+    __slots__ = ("_cell", "_lib", "_ready", "timed_out")
+
+    def __init__(self) -> None:
+        self._lib, ffi = _ffi.connect()
+        self._cell: Any = ffi.new("uint32_t *")
+        self._ready: Any = ffi.new("int *")
+        self.timed_out = 0
+        """The cookie that udev did not answer in time."""
+
+    def attach(self, pointer: _ffi.TaskPtr, flags: UdevFlags) -> int:
+        """Make the cookie and give it to a task; call under the lock. False if libdevmapper could not."""
+        bits = int(flags)
+        if self._lib.dm_udev_get_sync_support():
+            bits |= self._lib.DM_UDEV_DISABLE_LIBRARY_FALLBACK
+        return self._lib.dm_task_set_cookie(pointer, self._cell, bits)
+
+    def wait(self, what: str) -> None:
+        """Wait until udev has answered, or the time is over; then the cookie is gone either way."""
+        deadline = time.monotonic() + _timeout
+        pause = _FIRST_PAUSE
+        try:
+            while self._cell[0] and not self._answered():
+                if time.monotonic() > deadline:
+                    self.timed_out = self._cell[0]
+                    break
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST_PAUSE)
+        finally:
+            self.discard()
+        if self.timed_out:
+            message = "%s: no answer from udev within %g s (cookie 0x%x), seeing to the node without it"
+            _log.warning(message, what, _timeout, self.timed_out)
+
+    def _answered(self) -> bool:
+        with _ffi.lock:
+            known = self._lib.dm_udev_wait_immediate(self._cell[0], self._ready)
+            if not known or self._ready[0]:
+                self._cell[0] = 0
+        return not self._cell[0]
+
+    def discard(self) -> None:
+        """Take the cookie down, whatever udev still owes it."""
+        if self._cell[0]:
+            with _ffi.lock:
+                self._lib.dmlib_cookie_discard(self._cell[0])
+                self._cell[0] = 0
+
+
+def node_path(name: str) -> str:
+    """Return the path of a device's node; whether it exists is another question."""
+    return f"/dev/mapper/{ids.mangle(name)}"
+
+
+def node_problem(name: str, number: ids.DeviceNumber | None) -> str | None:
+    """Return what is wrong with the node of *name*, which must be device *number*, or be gone if that is ``None``."""
+    path = node_path(name)
+    try:
+        found = ids.DeviceNumber.from_dev(os.stat(path).st_rdev)
+    except FileNotFoundError:
+        return None if number is None else f"{path} is missing"
+    if number is None:
+        return f"{path} is still there"
+    return None if found == number else f"{path} is not the device {number}"
