@@ -1,4 +1,199 @@
 # SPDX-License-Identifier: MIT
-"""Device mapper for Python: typed, exception-raising, udev-correct."""
+"""
+Device mapper for Python: typed, exception-raising, udev-correct.
+
+Importing dmlib opens nothing, needs no privilege and no driver, and loads a module only when a name of it is used.
+"""
+
+TYPE_CHECKING = False  # what typing's is to type checkers, without the cost of importing typing
+if TYPE_CHECKING:
+    from dmlib.device import Device as Device
+    from dmlib.driver import ListedDevice as ListedDevice
+    from dmlib.driver import driver_version as driver_version
+    from dmlib.driver import library_version as library_version
+    from dmlib.driver import list_devices as list_devices
+    from dmlib.driver import target_versions as target_versions
+    from dmlib.errors import ArgumentError as ArgumentError
+    from dmlib.errors import CleanupError as CleanupError
+    from dmlib.errors import DeviceBusyError as DeviceBusyError
+    from dmlib.errors import DeviceExistsError as DeviceExistsError
+    from dmlib.errors import DeviceNotFoundError as DeviceNotFoundError
+    from dmlib.errors import DmError as DmError
+    from dmlib.errors import DriverUnavailableError as DriverUnavailableError
+    from dmlib.errors import OutOfDataSpaceError as OutOfDataSpaceError
+    from dmlib.errors import OutOfMetadataSpaceError as OutOfMetadataSpaceError
+    from dmlib.errors import ParseError as ParseError
+    from dmlib.errors import PermissionDeniedError as PermissionDeniedError
+    from dmlib.errors import PoolError as PoolError
+    from dmlib.errors import PoolFailedError as PoolFailedError
+    from dmlib.errors import PoolNeedsCheckError as PoolNeedsCheckError
+    from dmlib.errors import PoolReadOnlyError as PoolReadOnlyError
+    from dmlib.errors import StateError as StateError
+    from dmlib.errors import SuspendTimeoutError as SuspendTimeoutError
+    from dmlib.errors import TargetRefusedError as TargetRefusedError
+    from dmlib.errors import TaskError as TaskError
+    from dmlib.errors import UdevTimeoutError as UdevTimeoutError
+    from dmlib.errors import UnsupportedError as UnsupportedError
+    from dmlib.ids import DeviceNumber as DeviceNumber
+    from dmlib.loop import LoopDevice as LoopDevice
+    from dmlib.loop import create_sparse_file as create_sparse_file
+    from dmlib.loop import grow_sparse_file as grow_sparse_file
+    from dmlib.table import Segment as Segment
+    from dmlib.table import StatusSegment as StatusSegment
+    from dmlib.table import Table as Table
+    from dmlib.targets import DiscardMode as DiscardMode
+    from dmlib.targets import EmptyStatus as EmptyStatus
+    from dmlib.targets import Error as Error
+    from dmlib.targets import Linear as Linear
+    from dmlib.targets import PoolMode as PoolMode
+    from dmlib.targets import RawStatus as RawStatus
+    from dmlib.targets import RawTarget as RawTarget
+    from dmlib.targets import StatusUnavailable as StatusUnavailable
+    from dmlib.targets import Stripe as Stripe
+    from dmlib.targets import Striped as Striped
+    from dmlib.targets import StripedStatus as StripedStatus
+    from dmlib.targets import ThinFailed as ThinFailed
+    from dmlib.targets import ThinPoolFailed as ThinPoolFailed
+    from dmlib.targets import ThinPoolStatus as ThinPoolStatus
+    from dmlib.targets import ThinPoolTarget as ThinPoolTarget
+    from dmlib.targets import ThinStatus as ThinStatus
+    from dmlib.targets import ThinTarget as ThinTarget
+    from dmlib.targets import ThinUnbound as ThinUnbound
+    from dmlib.targets import Zero as Zero
+    from dmlib.task import DeviceInfo as DeviceInfo
+    from dmlib.task import Operation as Operation
+    from dmlib.task import Result as Result
+    from dmlib.task import Task as Task
+    from dmlib.thin import PoolFeatures as PoolFeatures
+    from dmlib.thin import ThinDevice as ThinDevice
+    from dmlib.thin import ThinPool as ThinPool
+    from dmlib.udev import UdevFlags as UdevFlags
+    from dmlib.udev import set_udev as set_udev
+    from dmlib.units import DataBlocks as DataBlocks
+    from dmlib.units import GiB as GiB
+    from dmlib.units import KiB as KiB
+    from dmlib.units import MetaBlocks as MetaBlocks
+    from dmlib.units import MiB as MiB
+    from dmlib.units import Sectors as Sectors
+    from dmlib.units import Size as Size
+    from dmlib.units import TiB as TiB
+    from dmlib.units import format_bytes as format_bytes
+    from dmlib.usage import User as User
+    from dmlib.usage import users_of as users_of
 
 __version__ = "0.1.0.dev0"
+
+_ROOMS = {
+    "units": (
+        "DataBlocks",
+        "GiB",
+        "KiB",
+        "MetaBlocks",
+        "MiB",
+        "Sectors",
+        "Size",
+        "TiB",
+        "format_bytes",
+    ),
+    "ids": ("DeviceNumber",),
+    "errors": (
+        "ArgumentError",
+        "CleanupError",
+        "DeviceBusyError",
+        "DeviceExistsError",
+        "DeviceNotFoundError",
+        "DmError",
+        "DriverUnavailableError",
+        "OutOfDataSpaceError",
+        "OutOfMetadataSpaceError",
+        "ParseError",
+        "PermissionDeniedError",
+        "PoolError",
+        "PoolFailedError",
+        "PoolNeedsCheckError",
+        "PoolReadOnlyError",
+        "StateError",
+        "SuspendTimeoutError",
+        "TargetRefusedError",
+        "TaskError",
+        "UdevTimeoutError",
+        "UnsupportedError",
+    ),
+    "targets": (
+        "DiscardMode",
+        "EmptyStatus",
+        "Error",
+        "Linear",
+        "PoolMode",
+        "RawStatus",
+        "RawTarget",
+        "StatusUnavailable",
+        "Stripe",
+        "Striped",
+        "StripedStatus",
+        "ThinFailed",
+        "ThinPoolFailed",
+        "ThinPoolStatus",
+        "ThinPoolTarget",
+        "ThinStatus",
+        "ThinTarget",
+        "ThinUnbound",
+        "Zero",
+    ),
+    "table": (
+        "Segment",
+        "StatusSegment",
+        "Table",
+    ),
+    "task": (
+        "DeviceInfo",
+        "Operation",
+        "Result",
+        "Task",
+    ),
+    "udev": (
+        "UdevFlags",
+        "set_udev",
+    ),
+    "driver": (
+        "ListedDevice",
+        "driver_version",
+        "library_version",
+        "list_devices",
+        "target_versions",
+    ),
+    "device": ("Device",),
+    "loop": (
+        "LoopDevice",
+        "create_sparse_file",
+        "grow_sparse_file",
+    ),
+    "usage": (
+        "User",
+        "users_of",
+    ),
+    "thin": (
+        "PoolFeatures",
+        "ThinDevice",
+        "ThinPool",
+    ),
+}
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - they are strings
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    from importlib import import_module  # noqa: PLC0415 - only once something is used
+
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from dmlib.errors import CleanupError
 
@@ -12,21 +12,26 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
+class _Attempt(Protocol):
+    @property
+    def succeeded(self) -> bool: ...
+
+
 class Undo:
     """
     Steps that take back what the block has done, run in reverse if it fails; nothing if it succeeds.
 
-    Push the step *before* doing what it takes back, and let it look whether there is anything to do: a signal
-    handler may raise between the two. A step that fails does not keep the others from running.
+    A step is pushed *before* what it takes back is attempted, and runs only if that succeeded: a signal handler may
+    raise right after. A step that fails does not keep the others from running.
     """
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._steps: list[Callable[[], object]] = []
+        self._steps: list[tuple[Callable[[], object], _Attempt | None]] = []
 
-    def push(self, step: Callable[[], object]) -> None:
-        """Remember *step*."""
-        self._steps.append(step)
+    def push(self, step: Callable[[], object], after: _Attempt | None = None) -> None:
+        """Remember *step*, for the case that *after* succeeds (by default: in any case)."""
+        self._steps.append((step, after))
 
     def __enter__(self) -> Self:
         return self
@@ -38,8 +43,10 @@ class Undo:
             return
         failures: list[Exception] = []
         while self._steps:
+            step, after = self._steps.pop()
             try:
-                self._steps.pop()()
+                if after is None or after.succeeded:
+                    step()
             except Exception as failure:  # noqa: BLE001 - collected, and raised below
                 failures.append(failure)
         if not failures:

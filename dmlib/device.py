@@ -99,11 +99,12 @@ class Device:
         """
         device = cls(name)
         create = Task(Operation.CREATE, name=name, uuid=uuid)
+        load = None if table is None else device._load_task(table, readonly=readonly)
         with Undo(f"create {name}") as undo:
-            undo.push(lambda: create.succeeded and device.remove(timeout=REMOVE_TIMEOUT))
+            undo.push(device.remove, after=create)
             create.run()
-            if table is not None:
-                device.load(table, readonly=readonly)
+            if load is not None:
+                load.run()
                 device.resume(udev=udev)
         return device
 
@@ -223,7 +224,8 @@ class Device:
         self._load_task(table, readonly=readonly).run()
 
     def _load_task(self, table: Table, *, readonly: bool) -> Task:
-        return Task(Operation.LOAD, name=self.name, targets=table.entries(), readonly=readonly)
+        entries = table.resolved(ids.device_number).entries()
+        return Task(Operation.LOAD, name=self.name, targets=entries, readonly=readonly)
 
     def clear(self) -> None:
         """
@@ -353,7 +355,7 @@ class Device:
             resume_restored=Task(Operation.RESUME, name=self.name),
         )
         with Undo(f"reload {self.name}") as undo:
-            undo.push(lambda: load.succeeded and self.clear())
+            undo.push(self.clear, after=load)
             load.run()
             run_section([swap], timeout=timeout)
 
@@ -459,17 +461,10 @@ class Device:
 
         Source: DM_TARGET_MSG.
         """
-        return self.deliver(self.message_task(text, sector=sector))
+        return self.message_task(text, sector=sector).run().response
 
     def message_task(self, text: str, *, sector: int = 0) -> Task:
         """Return a message that is ready to be sent."""
         if not text.strip() or "\0" in text:
             raise ArgumentError("text", text, "must have a word and no NUL")
         return Task(Operation.MESSAGE, name=self.name, message=text, sector=sector)
-
-    def deliver(self, message: Task) -> str | None:
-        """Send a message made by :meth:`message_task`; see :meth:`message`."""
-        result = message.run()
-        if not result.device.live_table:
-            raise StateError(self.name, "has no live table, so the message reached nobody")
-        return result.response

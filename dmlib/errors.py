@@ -21,10 +21,18 @@ def _rebuild(cls: type[DmError], fields: dict[str, Any]) -> DmError:
     return cls(**fields)
 
 
+def _one_line(text: str) -> str:
+    """Return *text* with what would break the line, or the terminal, escaped: names may hold any character."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class DmError(Exception):
     """Base of all dmlib errors; never raised itself."""
 
     _fields: ClassVar[Sequence[str]] = ()
+
+    def __str__(self) -> str:
+        return _one_line(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), {name: getattr(self, name) for name in self._fields})
@@ -124,7 +132,7 @@ class DriverUnavailableError(DmError, OSError):
         self.log = tuple(log)
 
     def __str__(self) -> str:
-        return f"device mapper is not available: {self.reason}"
+        return _one_line(f"device mapper is not available: {self.reason}")
 
 
 class TaskError(DmError, OSError):
@@ -151,7 +159,7 @@ class TaskError(DmError, OSError):
         log: Sequence[str] = (),
         kernel_log: Sequence[str] = (),
     ) -> None:
-        OSError.__init__(self, errno, os.strerror(errno) if errno else "failed before the ioctl")
+        OSError.__init__(self, errno or None, os.strerror(errno) if errno else "failed before the ioctl")
         self.operation = operation
         self.device = device
         self.log = tuple(log)
@@ -163,10 +171,10 @@ class TaskError(DmError, OSError):
     def _summary(self) -> str:
         parts = [f"{self.operation} {self.device}: {self.strerror}"]
         if self.kernel_log:
-            parts.append(f"kernel, meanwhile: {self.kernel_log[-1]}")
+            parts.append(f"kernel, meanwhile: {self.kernel_log[0]}")  # later lines only say what followed
         elif not self.errno and self.log:
             parts.append(self.log[0])
-        return "; ".join(parts)
+        return _one_line("; ".join(parts))
 
 
 class DeviceNotFoundError(TaskError):
@@ -212,7 +220,7 @@ class DeviceBusyError(TaskError):
     def __str__(self) -> str:
         if not self.users:
             return self._summary()
-        return f"{self.operation} {self.device}: in use by {', '.join(self.users)}"
+        return _one_line(f"{self.operation} {self.device}: in use by {', '.join(self.users)}")
 
 
 class UdevTimeoutError(DmError):

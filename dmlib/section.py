@@ -70,13 +70,15 @@ def run_section(
     worker = _Worker(holds, messages, keep_suspended=keep_suspended)
     try:
         worker.start()
-        if not worker.called.wait(timeout) and worker.abandon():
-            raise SuspendTimeoutError(holds[0].suspend.label, timeout or 0.0)
-        worker.join()
+        given_up = not worker.called.wait(timeout) and worker.abandon()
+        if not given_up:
+            worker.join()
     except BaseException:
         if not worker.abandon():
             worker.outlast()
         raise
+    if given_up:
+        raise SuspendTimeoutError(holds[0].suspend.label, timeout or 0.0)
     if worker.error is not None:
         raise worker.error
     return worker.held
@@ -185,3 +187,5 @@ def _check(steps: Sequence[dict[str, Prepared | None]], sending: Sequence[Prepar
         raise CleanupError(f"{stuck[0].device} could not be resumed and is still suspended", stuck) from first
     if first is not None:
         raise first
+    for prepared in sending:
+        prepared.result()

@@ -376,6 +376,8 @@ class Prepared:
             raise self.error()
         operation = self.task.operation
         info = self._info() if operation in _HAS_INFO else None
+        if operation is Operation.MESSAGE and info is not None:
+            self._check_delivered(info)
         self._result = Result(
             info=info,
             lines=self._lines() if operation in (Operation.STATUS, Operation.TABLE) else (),
@@ -384,6 +386,12 @@ class Prepared:
             versions=self._versions() if operation in (Operation.VERSION, Operation.TARGET_VERSIONS) else (),
         )
         return self._result
+
+    def _check_delivered(self, info: DeviceInfo) -> None:
+        # The kernel calls it success when there is no live table to deliver to. (Messages with @ are for the
+        # driver itself.)
+        if not info.live_table and not (self.task.message or "").startswith("@"):
+            raise StateError(self.task.label, "has no live table, so the message reached nobody")
 
     def error(self) -> TaskError:
         """Return the exception for what went wrong, with what libdevmapper and the kernel said of it."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from functools import total_ordering
 from typing import Any, Final, Self, TypeAlias
 
 from dmlib.errors import ArgumentError
@@ -25,10 +24,9 @@ METADATA_BLOCK_SIZE: Final = 4096
 _BINARY: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "PiB": 1 << 50}
 _DECIMAL: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 _SUFFIXES: Final = {"B": 1, "s": SECTOR_SIZE, **_BINARY, **_DECIMAL}
-_TEXT: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", re.ASCII)
+_TEXT: Final = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]+)\s*", re.ASCII)
 
 
-@total_ordering
 class _Count:
     """A non-negative number of one kind of block; mixes with nothing but its own kind."""
 
@@ -68,6 +66,15 @@ class _Count:
 
     def __lt__(self, other: Self) -> bool:
         return self.count < other.count if type(other) is type(self) else NotImplemented
+
+    def __le__(self, other: Self) -> bool:
+        return self.count <= other.count if type(other) is type(self) else NotImplemented
+
+    def __gt__(self, other: Self) -> bool:
+        return self.count > other.count if type(other) is type(self) else NotImplemented
+
+    def __ge__(self, other: Self) -> bool:
+        return self.count >= other.count if type(other) is type(self) else NotImplemented
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.count + other.count) if type(other) is type(self) else NotImplemented

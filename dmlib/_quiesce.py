@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""
+What could make a flushing suspend of a thin device hang, done or checked before it starts.
+
+A suspend that waits for a write which waits for space in a full pool blocks the pool's own suspend as well, and so
+the growing of the pool that would free it; with a file system mounted not even SIGKILL ends it. So dirty data is
+written back first, while nothing is suspended and the pool can still be grown; then the pool must have room for
+whatever may have become dirty again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from dmlib import _ffi, blockdev, ids
+from dmlib.errors import OutOfDataSpaceError, SuspendTimeoutError, from_task
+from dmlib.targets.thin_pool import PoolMode
+from dmlib.units import DataBlocks, Sectors
+from dmlib.usage import mount_points, stacked_on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dmlib.targets.thin_pool import ThinPoolStatus
+
+MARGIN: Final = DataBlocks(8)
+"""Blocks that must be free beyond what is dirty: a freeze writes a journal and a superblock of its own."""
+
+_LOOK_EVERY: Final = 1.0
+
+
+def write_back(device: ids.DeviceNumber, *, label: str, timeout: float | None, look: Callable[[], object]) -> None:
+    """
+    Write back what is dirty above *device*: file systems on it or on devices stacked on it, and its own page cache.
+
+    Args:
+        device: The device that is to be suspended.
+        label: What to call it.
+        timeout: Seconds; ``None`` waits for ever.
+        look: Called every second of a longer wait; raises if waiting makes no sense.
+
+    Raises:
+        SuspendTimeoutError: It took longer. Nothing was suspended; the write-back goes on by itself.
+        TaskError: A file system could not be synced.
+    """
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def sync() -> None:
+        try:
+            _sync_all(device)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            failures.append(error)
+        finally:
+            done.set()
+
+    # A daemon: nothing depends on it, and it may sit in the kernel for as long as the pool is full.
+    threading.Thread(target=sync, name=f"dmlib-sync-{label}", daemon=True).start()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        rest = _LOOK_EVERY if deadline is None else min(_LOOK_EVERY, deadline - time.monotonic())
+        if done.wait(max(0.0, rest)):
+            break
+        look()
+        if deadline is not None and time.monotonic() >= deadline:
+            raise SuspendTimeoutError(label, timeout or 0.0, "sync")
+    if failures:
+        raise failures[0]
+
+
+def _sync_all(device: ids.DeviceNumber) -> None:
+    lib, _ = _ffi.load()
+    for number in (device, *stacked_on(device)):
+        for mount in mount_points(number):
+            descriptor = os.open(mount.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                failed = lib.dmlib_syncfs(descriptor)
+            finally:
+                os.close(descriptor)
+            if failed:
+                raise from_task("syncfs", str(mount.path), failed)
+    descriptor = os.open(blockdev.node_of(device), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_room(pool: str, status: ThinPoolStatus, data_block_size: Sectors, origin_size: Sectors) -> None:
+    """
+    Refuse a suspend for which the pool may not have the room.
+
+    Dirty pages of one device cannot be told from the rest of the system's, so all of them count, but never more
+    than the device can hold.
+
+    Raises:
+        OutOfDataSpaceError: Too few free blocks, or none and writes are queued already. Grow the pool first.
+    """
+    if status.mode is PoolMode.OUT_OF_DATA_SPACE:
+        raise OutOfDataSpaceError(pool, status, "is out of data space, and a suspend would wait for it; grow it first")
+    dirty = _dirty_bytes()
+    at_most = origin_size.bytes if dirty is None else min(dirty, origin_size.bytes)
+    needed = DataBlocks(-(-at_most // data_block_size.bytes)) + MARGIN
+    if status.free_data < needed:
+        raise OutOfDataSpaceError(
+            pool, status, f"has {status.free_data} free and a suspend may need {needed.count}; grow it first"
+        )
+
+
+def _dirty_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            fields = dict(line.split(":", 1) for line in meminfo)
+        return sum(int(fields[name].split()[0]) for name in ("Dirty", "Writeback")) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""
+Targets: their parameters and their status, typed, one module for each family.
+
+This module is the registry. It knows which family a target type belongs to, and imports it when the type
+is first met: classes cost time to make, and most programs use few of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from dmlib.errors import ParseError
+
+if TYPE_CHECKING:
+    from dmlib.targets._base import EmptyStatus as EmptyStatus
+    from dmlib.targets._base import RawStatus as RawStatus
+    from dmlib.targets._base import RawTarget as RawTarget
+    from dmlib.targets._base import Status as Status
+    from dmlib.targets._base import StatusUnavailable as StatusUnavailable
+    from dmlib.targets._base import Target as Target
+    from dmlib.targets._base import TargetDevice as TargetDevice
+    from dmlib.targets.linear import Linear as Linear
+    from dmlib.targets.simple import Error as Error
+    from dmlib.targets.simple import Zero as Zero
+    from dmlib.targets.striped import Stripe as Stripe
+    from dmlib.targets.striped import Striped as Striped
+    from dmlib.targets.striped import StripedStatus as StripedStatus
+    from dmlib.targets.thin import ThinFailed as ThinFailed
+    from dmlib.targets.thin import ThinStatus as ThinStatus
+    from dmlib.targets.thin import ThinTarget as ThinTarget
+    from dmlib.targets.thin import ThinUnbound as ThinUnbound
+    from dmlib.targets.thin_pool import DiscardMode as DiscardMode
+    from dmlib.targets.thin_pool import PoolMode as PoolMode
+    from dmlib.targets.thin_pool import ThinPoolFailed as ThinPoolFailed
+    from dmlib.targets.thin_pool import ThinPoolStatus as ThinPoolStatus
+    from dmlib.targets.thin_pool import ThinPoolTarget as ThinPoolTarget
+
+_TYPES: Final = {
+    "linear": "Linear",
+    "striped": "Striped",
+    "zero": "Zero",
+    "error": "Error",
+    "thin-pool": "ThinPoolTarget",
+    "thin": "ThinTarget",
+}
+
+_NAMES: Final = {
+    "_base": ("EmptyStatus", "RawStatus", "RawTarget", "Status", "StatusUnavailable", "Target", "TargetDevice"),
+    "linear": ("Linear",),
+    "striped": ("Stripe", "Striped", "StripedStatus"),
+    "simple": ("Error", "Zero"),
+    "thin": ("ThinFailed", "ThinStatus", "ThinTarget", "ThinUnbound"),
+    "thin_pool": ("DiscardMode", "PoolMode", "ThinPoolFailed", "ThinPoolStatus", "ThinPoolTarget"),
+}
+
+_HOMES: Final = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = ["parse_status", "parse_target", "target_class", *_HOMES]  # noqa: PLE0604 - they are strings
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+def target_class(type_name: str) -> type[Target] | None:
+    """Return the class for the target type that the kernel calls *type_name*; ``None`` if dmlib has none."""
+    name = _TYPES.get(type_name)
+    if name is None:
+        return None
+    cls: type[Target] = globals().get(name) or __getattr__(name)
+    return cls
+
+
+def parse_target(type_name: str, params: str, *, strict: bool = False) -> Target:
+    """
+    Read the parameters of a target, as the kernel or :meth:`Target.params` prints them.
+
+    Args:
+        type_name: The kernel's name of the target type.
+        params: The rest of the table line.
+        strict: Raise for parameters that break the grammar.
+
+    Returns:
+        The target. A type that dmlib does not know gives a RawTarget; so do, unless *strict*, parameters that
+        cannot be read, and then its ``problem`` says why.
+
+    Raises:
+        ParseError: In strict mode: a known type, but not its grammar.
+    """
+    cls = target_class(type_name)
+    problem = None
+    if cls is not None:
+        try:
+            return cls.from_params(params)
+        except ParseError as error:
+            if strict:
+                raise
+            problem = str(error)
+    return (globals().get("RawTarget") or __getattr__("RawTarget"))(type_name, params, problem)  # type: ignore[no-any-return]
+
+
+def parse_status(type_name: str, params: str, *, strict: bool = False) -> Status:
+    """
+    Read what a target reports about itself.
+
+    Args:
+        type_name: The kernel's name of the target type.
+        params: The rest of the status line.
+        strict: Raise for a status that breaks the grammar.
+
+    Returns:
+        One of the target's status classes. A type that dmlib does not know gives a RawStatus; so does, unless
+        *strict*, a status that cannot be read, and then its ``problem`` says why.
+
+    Raises:
+        ParseError: In strict mode: a known type, but not its grammar.
+    """
+    cls = target_class(type_name)
+    problem = None
+    if cls is not None:
+        try:
+            return cls.parse_status(params)
+        except ParseError as error:
+            if strict:
+                raise
+            problem = str(error)
+    raw_status = globals().get("RawStatus") or __getattr__("RawStatus")
+    return raw_status(params, type_name=type_name, problem=problem)  # type: ignore[no-any-return]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""What a guest is to do, and the shell script by which it does it, whatever kind of guest it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dmlib.testing.errors import GuestUnavailableError
+
+# Folders of the host that the guest covers with its own; what the command needs below them is shown again.
+COVERED = ("/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - the guest's own /tmp
+# Private to the guest: the host's whole tree as it is below the covers, and what the runner puts there.
+GUEST_HOME = "/run/dmlib"
+HOST_TREE = GUEST_HOME + "/host"
+# Where a modprobe of the guest's own stands in if the host has no /lib/modules to mount on.
+MODPROBE_HOME = GUEST_HOME + "/modprobe"
+
+# These name folders which the guest does not have or must not write to.
+_DROPPED_VARIABLES = ("TMPDIR", "TMP", "TEMP", "XDG_RUNTIME_DIR")
+_ROOTS_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
+_MEMORY = re.compile(r"[1-9][0-9]*[MG]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """
+    One command for one guest.
+
+    Attributes:
+        command: Program and arguments, run as root.
+        cwd: Folder to run it in; None is the caller's.
+        env: The whole environment; None is the caller's.
+        extra_env: Variables on top of it.
+        udev: Whether udevd runs in the guest. Without it libdevmapper makes the nodes itself.
+        cpus: Number of processors.
+        memory: Size of the guest's memory, such as ``"1G"`` or ``"512M"``.
+        writable: Folders of the host that the command may change; all else is read-only.
+        timeout: Seconds until the guest is killed, boot included; None waits for ever.
+    """
+
+    command: Sequence[str]
+    cwd: str | None = None
+    env: Mapping[str, str] | None = None
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+    udev: bool = False
+    cpus: int = 1
+    memory: str = "1G"
+    writable: Sequence[str] = ()
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.command, str) or not self.command:
+            raise ValueError("command must be a list with at least the program's name")
+        if _MEMORY.fullmatch(self.memory) is None:
+            raise ValueError(f"memory must be a number with M or G, such as 1G, not {self.memory!r}")
+        if self.cpus < 1:
+            raise ValueError(f"cpus must be at least 1, not {self.cpus}")
+        if self.timeout is not None and self.timeout <= 0:
+            raise ValueError(f"timeout must be positive, not {self.timeout}")
+        for folder in self.writable:
+            if not os.path.isdir(folder):
+                raise ValueError(f"writable folder {folder!r} does not exist")
+            if re.search(r"[,\s\\]", os.path.abspath(folder)):
+                # Mount options and kernel command lines have no quoting that all kinds of guest understand.
+                raise ValueError(f"writable folder {folder!r} has a comma, a backslash or a space in its path")
+        for name, value in self.extra_env.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"{name!r} cannot be the name of an environment variable")
+
+    @property
+    def folder(self) -> str:
+        """Absolute path of the folder that the command runs in."""
+        return os.path.abspath(self.cwd) if self.cwd is not None else os.getcwd()
+
+    @property
+    def writable_folders(self) -> list[str]:
+        """Absolute paths of the writable folders."""
+        return [os.path.abspath(folder) for folder in self.writable]
+
+    def environment(self) -> dict[str, str]:
+        """Return the command's environment inside a guest."""
+        env = dict(os.environ if self.env is None else self.env)
+        for name in _DROPPED_VARIABLES:
+            env.pop(name, None)
+        # An ordinary user's PATH often lacks the folders that hold dmsetup and its like.
+        path = [entry for entry in env.get("PATH", "").split(":") if entry]
+        own = [] if os.path.isdir("/lib/modules") else [MODPROBE_HOME + "/bin"]
+        env["PATH"] = ":".join([*own, *path, *(entry for entry in _ROOTS_PATH if entry not in path)])
+        if not self.udev:
+            env["DM_DISABLE_UDEV"] = "1"
+        env.update(self.extra_env)
+        return env
+
+    def shown(self) -> list[str]:
+        """Return what the command names below covered folders: it must find these in the guest as well."""
+        named = [self.folder, sys.prefix, sys.base_prefix, *self.command]
+        named += os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        wanted = {os.path.abspath(path) for path in named if os.path.isabs(path) and os.path.exists(path)}
+        kept = [path for path in wanted if _below(path, COVERED[:2]) and not _below(path, self.writable_folders)]
+        # A folder that is shown shows all below it.
+        return sorted(path for path in kept if not any(_below(path, [other]) for other in kept if other != path))
+
+
+def _below(path: str, folders: Iterable[str]) -> bool:
+    return any(path.startswith(folder.rstrip("/") + "/") for folder in folders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """
+    The character devices of a guest that carry its answers, and the token that ends the two outputs.
+
+    Attributes:
+        stdout: Device for standard output.
+        stderr: Device for standard error; None where both are the same file outside too.
+        control: Device for the few words of the status protocol: ``ready`` and ``status N``.
+        token: What the guest writes last on both outputs; all before it belongs to the command.
+        terminals: Whether the devices are terminals, which have to be told to leave the bytes alone.
+    """
+
+    stdout: str
+    stderr: str | None
+    control: str
+    token: str
+    terminals: bool
+
+
+def find_udevd() -> str:
+    """Return the path of the host's udevd, for a guest to run."""
+    for folder in ("/usr/lib/systemd", "/lib/systemd"):
+        if os.access(f"{folder}/systemd-udevd", os.X_OK):
+            return f"{folder}/systemd-udevd"
+    raise GuestUnavailableError("There is no systemd-udevd here; install the package udev (Fedora: systemd-udev).")
+
+
+def mount_table(lines: Iterable[tuple[str, str, str, str]]) -> str:
+    """Return (source, target, type, options) lines as a table for ``mount --all --fstab``."""
+
+    def escape(text: str) -> str:
+        return re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", text)
+
+    return "".join(" ".join(escape(word) for word in line) + " 0 0\n" for line in lines)
+
+
+def covers(job: Job) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the mounts that every guest has; one ``mount`` does them all, since starting a program is slow there."""
+    make = "X-mount.mkdir"
+    yield "tmpfs", "/dev/shm", "tmpfs", f"{make},mode=1777,nosuid,nodev"  # noqa: S108 - a mount point
+    yield "devpts", "/dev/pts", "devpts", f"{make},mode=620,ptmxmode=666"
+    yield "tmpfs", "/run", "tmpfs", "mode=755,nosuid,nodev"
+    yield "/", HOST_TREE, "none", f"{make},bind"
+    yield "tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"  # noqa: S108
+    for path in filter(os.path.isdir, job.shown()):
+        yield HOST_TREE + path, path, "none", f"{make},bind"
+
+
+def show_script(job: Job) -> str:
+    """Return lines that show single files below covered folders, as links: a file cannot be mounted on nothing."""
+    lines = ""
+    for path in job.shown():
+        if not os.path.isdir(path):
+            lines += f"mkdir -p {shlex.quote(os.path.dirname(path))}\n"
+            lines += f"ln -s {shlex.quote(HOST_TREE + path)} {shlex.quote(path)}\n"
+    return lines
+
+
+def command_script(job: Job, lines: Lines) -> str:
+    """Return the part of the guest's script that runs the command and reports; it never comes back."""
+    words = ["setsid", "env", "-i", "--"]
+    words += [f"{name}={value}" for name, value in job.environment().items()]
+    words += job.command
+    # setsid: a command that signals its own group must not hit the script.
+    run = f"cd {shlex.quote(job.folder)} && " + " ".join(map(shlex.quote, words))
+    setup = ""
+    if lines.terminals:
+        outputs = [line for line in (lines.stdout, lines.stderr) if line is not None]
+        setup = "".join(f"stty raw -echo <{line}\n" for line in outputs)
+    # cat keeps the command from seeing a terminal where the caller may have none, and ends when the last byte is out.
+    # A daemon which the command leaves behind may hold the pipe: the status goes out before.
+    if lines.stderr is None:
+        piped = f'{{ ( {run} ) 2>&1; echo "status $?" >{lines.control}; }} </dev/null | cat >{lines.stdout}\n'
+        ends = [lines.stdout]
+    else:
+        piped = (
+            f'{{ {{ ( {run} ) 3>&-; echo "status $?" >{lines.control}; }} 2>&3 </dev/null | cat >{lines.stdout}; }}'
+            f" 3>&1 | cat >{lines.stderr}\n"
+        )
+        ends = [lines.stdout, lines.stderr]
+    tokens = "".join(f"printf %s {lines.token} >{line}\n" for line in ends)
+    # Whoever started the guest ends it; a script that returned would make the kernel panic.
+    return f"{setup}echo ready >{lines.control}\n{piped}{tokens}while :; do sleep 3600; done\n"
+
+
+def udev_script(job: Job) -> str:
+    """Return the part of the script that starts udevd, which is nothing without udev."""
+    if not job.udev:
+        return ""
+    udevd = find_udevd()
+    if shutil.which("udevadm", path=job.environment()["PATH"]) is None:
+        raise GuestUnavailableError("There is no udevadm here; install the package udev (Fedora: systemd-udev).")
+    # Only block devices: a guest has dozens of terminals that nobody here asks about.
+    return (
+        f"{udevd} --daemon >/dev/null 2>&1\n"
+        "udevadm trigger --action=add --subsystem-match=block --subsystem-match=misc\n"
+        "udevadm settle --timeout=60\n"
+    )
