@@ -114,17 +114,7 @@ def probe() -> tuple[int, int, int]:
 
 
 def list_devices() -> list[ListedDevice]:
-    """
-    Return all mapped devices with names, numbers, event numbers and uuids, in one ioctl once the buffer fits.
-
-    Raises:
-        DriverUnavailableError: There is no driver, or this process may not use it.
-        PermissionDeniedError: The process lost CAP_SYS_ADMIN.
-
-    Minimum driver: any; event numbers 4.37 (Linux 4.14), uuids 4.45 (Linux 5.13).
-
-    Source: DM_LIST_DEVICES.
-    """
+    """Return all mapped devices; see :func:`dmlib.list_devices`."""
     global _first_buffer  # noqa: PLW0603 - a hint for the next call; a lost update costs one more ioctl
     descriptor = _open()
     size = _first_buffer

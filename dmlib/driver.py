@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dmlib._control import ListedDevice, list_devices
+from dmlib import _control, _ffi
+from dmlib._control import ListedDevice
 from dmlib._ffi import library_version
 from dmlib.task import Operation, Task
 
@@ -34,3 +35,21 @@ def target_versions() -> dict[str, tuple[int, int, int]]:
     Source: DM_LIST_VERSIONS, driver 4.1.
     """
     return dict(Task(Operation.TARGET_VERSIONS).run().versions)
+
+
+def list_devices() -> list[ListedDevice]:
+    """
+    Return all mapped devices with names, numbers, event numbers and uuids.
+
+    Raises:
+        DriverUnavailableError: There is no driver, or no permission to use it.
+        PermissionDeniedError: The process lost CAP_SYS_ADMIN.
+
+    Minimum driver: any; event numbers 4.37 (Linux 4.14), uuids 4.45 (Linux 5.13).
+
+    Cost: one ioctl once the buffer fits; it doubles until it does, and stays.
+
+    Source: DM_LIST_DEVICES.
+    """
+    _ffi.connect()  # libdevmapper makes the control node where nobody else did
+    return _control.list_devices()

@@ -204,7 +204,7 @@ class ThinFailed(Status):
 
 
 class ThinUnbound(Status):
-    """``-``: the thin device is not bound to its pool, as before its first resume."""
+    """``-``: the target has not opened its thin device in the pool. The kernel's code allows for that."""
 
     __slots__ = ()
 

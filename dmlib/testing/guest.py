@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import select
 import selectors
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from dmlib.testing.errors import GuestDiedError, GuestError, GuestStalledError, GuestTimeoutError, GuestUnavailableError
+from dmlib.testing.errors import GuestDiedError, GuestStalledError, GuestTimeoutError, GuestUnavailableError
 from dmlib.testing.streams import ControlStream, OutputStream, Tail
 
 if TYPE_CHECKING:
@@ -212,6 +211,8 @@ class Guest:
         for output in self._outputs:
             output.flush()
         if self._control.status is None:
+            if not self._control.ready:
+                raise GuestStalledError(self._died("did not boot"), self._console.text())
             raise GuestDiedError(self._died("died before the command ended"), self._console.text())
         return self._control.status
 
@@ -239,6 +240,15 @@ class Guest:
         return f"The guest ({self._backend.name}) {what}. Its kernel said last:{said}"
 
 
+def write_file(folder: str, name: str, text: str, mode: int = 0o600) -> str:
+    """Write *text*, which may hold any bytes that a path may hold, to a new file and return its path."""
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+    os.chmod(path, mode)
+    return path
+
+
 def _warden_path() -> str:
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "_warden.py")
 
@@ -251,5 +261,3 @@ def _private_folder() -> str:
                 return tempfile.mkdtemp(prefix="dmlib-guest-", dir=parent)
     raise GuestUnavailableError("There is no folder for temporary files that can be written; set TMPDIR.")
 
-
-__all__ = ["Backend", "Channels", "Guest", "GuestError", "Launch", "select"]

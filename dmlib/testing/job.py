@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What a guest is to do, and the shell script by which it does it, whatever kind of guest it is."""
+"""What a guest is to do."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-from dmlib.testing.errors import GuestUnavailableError
 
 # Folders of the host that the guest covers with its own; what the command needs below them is shown again.
 COVERED = ("/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - the guest's own /tmp
@@ -109,104 +105,3 @@ class Job:
 
 def _below(path: str, folders: Iterable[str]) -> bool:
     return any(path.startswith(folder.rstrip("/") + "/") for folder in folders)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lines:
-    """
-    The character devices of a guest that carry its answers, and the token that ends the two outputs.
-
-    Attributes:
-        stdout: Device for standard output.
-        stderr: Device for standard error; None where both are the same file outside too.
-        control: Device for the few words of the status protocol: ``ready`` and ``status N``.
-        token: What the guest writes last on both outputs; all before it belongs to the command.
-        terminals: Whether the devices are terminals, which have to be told to leave the bytes alone.
-    """
-
-    stdout: str
-    stderr: str | None
-    control: str
-    token: str
-    terminals: bool
-
-
-def find_udevd() -> str:
-    """Return the path of the host's udevd, for a guest to run."""
-    for folder in ("/usr/lib/systemd", "/lib/systemd"):
-        if os.access(f"{folder}/systemd-udevd", os.X_OK):
-            return f"{folder}/systemd-udevd"
-    raise GuestUnavailableError("There is no systemd-udevd here; install the package udev (Fedora: systemd-udev).")
-
-
-def mount_table(lines: Iterable[tuple[str, str, str, str]]) -> str:
-    """Return (source, target, type, options) lines as a table for ``mount --all --fstab``."""
-
-    def escape(text: str) -> str:
-        return re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", text)
-
-    return "".join(" ".join(escape(word) for word in line) + " 0 0\n" for line in lines)
-
-
-def covers(job: Job) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the mounts that every guest has; one ``mount`` does them all, since starting a program is slow there."""
-    make = "X-mount.mkdir"
-    yield "tmpfs", "/dev/shm", "tmpfs", f"{make},mode=1777,nosuid,nodev"  # noqa: S108 - a mount point
-    yield "devpts", "/dev/pts", "devpts", f"{make},mode=620,ptmxmode=666"
-    yield "tmpfs", "/run", "tmpfs", "mode=755,nosuid,nodev"
-    yield "/", HOST_TREE, "none", f"{make},bind"
-    yield "tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"  # noqa: S108
-    for path in filter(os.path.isdir, job.shown()):
-        yield HOST_TREE + path, path, "none", f"{make},bind"
-
-
-def show_script(job: Job) -> str:
-    """Return lines that show single files below covered folders, as links: a file cannot be mounted on nothing."""
-    lines = ""
-    for path in job.shown():
-        if not os.path.isdir(path):
-            lines += f"mkdir -p {shlex.quote(os.path.dirname(path))}\n"
-            lines += f"ln -s {shlex.quote(HOST_TREE + path)} {shlex.quote(path)}\n"
-    return lines
-
-
-def command_script(job: Job, lines: Lines) -> str:
-    """Return the part of the guest's script that runs the command and reports; it never comes back."""
-    words = ["setsid", "env", "-i", "--"]
-    words += [f"{name}={value}" for name, value in job.environment().items()]
-    words += job.command
-    # setsid: a command that signals its own group must not hit the script.
-    run = f"cd {shlex.quote(job.folder)} && " + " ".join(map(shlex.quote, words))
-    setup = ""
-    if lines.terminals:
-        outputs = [line for line in (lines.stdout, lines.stderr) if line is not None]
-        setup = "".join(f"stty raw -echo <{line}\n" for line in outputs)
-    # cat keeps the command from seeing a terminal where the caller may have none, and ends when the last byte is out.
-    # A daemon which the command leaves behind may hold the pipe: the status goes out before.
-    if lines.stderr is None:
-        piped = f'{{ ( {run} ) 2>&1; echo "status $?" >{lines.control}; }} </dev/null | cat >{lines.stdout}\n'
-        ends = [lines.stdout]
-    else:
-        piped = (
-            f'{{ {{ ( {run} ) 3>&-; echo "status $?" >{lines.control}; }} 2>&3 </dev/null | cat >{lines.stdout}; }}'
-            f" 3>&1 | cat >{lines.stderr}\n"
-        )
-        ends = [lines.stdout, lines.stderr]
-    tokens = "".join(f"printf %s {lines.token} >{line}\n" for line in ends)
-    # Whoever started the guest ends it; a script that returned would make the kernel panic.
-    return f"{setup}echo ready >{lines.control}\n{piped}{tokens}while :; do sleep 3600; done\n"
-
-
-def udev_script(job: Job) -> str:
-    """Return the part of the script that starts udevd, which is nothing without udev."""
-    if not job.udev:
-        return ""
-    udevd = find_udevd()
-    if shutil.which("udevadm", path=job.environment()["PATH"]) is None:
-        raise GuestUnavailableError("There is no udevadm here; install the package udev (Fedora: systemd-udev).")
-    # Only block devices: a guest has dozens of terminals that nobody here asks about.
-    return (
-        f"{udevd} --daemon >/dev/null 2>&1\n"
-        "udevadm trigger --action=add --subsystem-match=block --subsystem-match=misc\n"
-        "udevadm settle --timeout=60\n"
-    )

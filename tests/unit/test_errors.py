@@ -178,8 +178,8 @@ def test_messages():
     assert str(DriverUnavailableError(2, "no node")) == "device mapper is not available: no node"
     assert str(TaskError("load", "a", errno.EINVAL)) == f"load a: {einval}"
     assert (
-        str(TaskError("load", "a", errno.EINVAL, log=["l"], kernel_log=["k", "last"]))
-        == f"load a: {einval}; kernel, meanwhile: last"
+        str(TaskError("load", "a", errno.EINVAL, log=["l"], kernel_log=["first", "k"]))
+        == f"load a: {einval}; kernel, meanwhile: first"
     )
     assert str(TaskError("load", "a", None, log=["first", "l"])) == "load a: failed before the ioctl; first"
     assert str(DeviceBusyError("remove", "a", users=["b", "/mnt"])) == "remove a: in use by b, /mnt"
