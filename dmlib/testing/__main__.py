@@ -10,14 +10,16 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from dmlib.testing.errors import EXIT_GUEST_DIED, EXIT_TIMEOUT, EXIT_UNAVAILABLE, GuestError
+from dmlib.testing.kernels import get_kernel
 from dmlib.testing.runner import WAYS, run
 
 if TYPE_CHECKING:
     from types import FrameType
 
 _EPILOG = f"""\
-Exits with the command's own status (128 and the signal's number if a signal ended it), or with {EXIT_TIMEOUT} after the
-time limit, {EXIT_GUEST_DIED} if the guest died, {EXIT_UNAVAILABLE} if this machine lacks something, 130 after Ctrl-C."""
+Exits with the command's own status (128 and the signal's number if a signal ended it), or with {EXIT_TIMEOUT} after
+the time limit, {EXIT_GUEST_DIED} if the guest died, {EXIT_UNAVAILABLE} if this machine lacks something, 130 after
+Ctrl-C."""
 
 
 class _Stopped(BaseException):
@@ -37,7 +39,12 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dmlib.testing")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="run")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser(
+        "kernel",
+        help="get the kernel for guests in QEMU",
+        description="Print the path of the kernel that guests in QEMU boot, downloading the distribution's if need be.",
+    )
     verb = verbs.add_parser(
         "run",
         help="run a command as root on a real kernel",
@@ -60,13 +67,34 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        return _run(parser, options) if options.verb == "run" else _kernel()
+    except GuestError as error:
+        print(f"dmlib.testing: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except _Stopped as stopped:
+        return 128 + int(stopped.args[0])
+    except BrokenPipeError:
+        # Whoever read the output has gone, as in "... | head"; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+
+
+def _kernel() -> int:
+    print(get_kernel().image)
+    return 0
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     command: list[str] = options.command
     if command and command[0] == "--":
         command = command[1:]
     if not command:
         parser.error("there is no command to run; put it after --")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
     try:
         return run(
             command,
@@ -80,19 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
             console=2 if options.console else None,
             announce=True,
         )
-    except GuestError as error:
-        print(f"dmlib.testing: {error}", file=sys.stderr)
-        return error.exit_status
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except _Stopped as stopped:
-        return 128 + int(stopped.args[0])
-    except BrokenPipeError:
-        # Whoever read the output has gone, as in "... | head"; nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LIFELINE = 0
+_POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _children(parent: int) -> list[int]:
@@ -67,8 +68,8 @@ def _kill_all(group: int) -> None:
 def main(folder: str, inherited: list[int], command: list[str]) -> None:
     """Run *command* until it ends or the lifeline closes, then leave nothing of it."""
     # Ctrl-C goes to the runner, which closes the lifeline.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+    for polite in _POLITE:
+        signal.signal(polite, signal.SIG_IGN)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # A guest that panics aborts: no core file of its whole memory.
@@ -76,8 +77,8 @@ def main(folder: str, inherited: list[int], command: list[str]) -> None:
 
     def die_with_warden() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_DFL)
+        for polite in _POLITE:
+            signal.signal(polite, signal.SIG_DFL)
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -85,12 +86,12 @@ def main(folder: str, inherited: list[int], command: list[str]) -> None:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     group = 0
     try:
-        with subprocess.Popen(  # noqa: PLW1509 - no threads here
+        with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             pass_fds=inherited,
             process_group=0,
-            preexec_fn=die_with_warden,
+            preexec_fn=die_with_warden,  # noqa: PLW1509 - no threads here
         ) as guest:
             group = guest.pid
             for number in (1, 2, *inherited):

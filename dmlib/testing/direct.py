@@ -7,9 +7,12 @@ import contextlib
 import os
 import signal
 import subprocess
+from typing import TYPE_CHECKING
 
 from dmlib.testing.errors import GuestTimeoutError, GuestUnavailableError
-from dmlib.testing.job import Job
+
+if TYPE_CHECKING:
+    from dmlib.testing.job import Job
 
 CONTROL_NODE = "/dev/mapper/control"
 _UDEV_SOCKET = "/run/udev/control"

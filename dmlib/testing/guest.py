@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import selectors
 import shutil
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 # After the status, this long without a byte means that a daemon left behind holds the output open.
 _LINGER = 2.0
 _CONSOLE_SHOWN = 16
+_LAST_WORDS = re.compile(r"Kernel panic|BUG:|Oops|Out of memory")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]{1,60}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +238,12 @@ class Guest:
         return bool(events)
 
     def _died(self, what: str) -> str:
-        lines = self._console.text().splitlines()[-_CONSOLE_SHOWN:]
-        said = "".join(f"\n    {line}" for line in lines) or " nothing"
-        return f"The guest ({self._backend.name}) {what}. Its kernel said last:{said}"
+        lines = self._console.text().splitlines()
+        # A panic ends in a long trace; what matters is how it begins.
+        begin = next((number for number, line in enumerate(lines) if _LAST_WORDS.search(line)), len(lines))
+        shown = lines[max(0, min(begin - 1, len(lines) - _CONSOLE_SHOWN)) :][:_CONSOLE_SHOWN]
+        said = "".join(f"\n    {line}" for line in shown) or " nothing."
+        return f"The guest ({self._backend.name}) {what}. Its kernel said:{said}"
 
 
 def write_file(folder: str, name: str, text: str, mode: int = 0o600) -> str:
@@ -256,8 +262,7 @@ def _warden_path() -> str:
 def _private_folder() -> str:
     """Make the guest's folder where its path is short and plain enough for sockets and kernel command lines."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108 - mkdtemp makes it safe
-        if len(parent) < 60 and parent.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum():
+        if _PLAIN_PATH.fullmatch(parent):
             with contextlib.suppress(OSError):
                 return tempfile.mkdtemp(prefix="dmlib-guest-", dir=parent)
     raise GuestUnavailableError("There is no folder for temporary files that can be written; set TMPDIR.")
-

@@ -6,8 +6,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 # Folders of the host that the guest covers with its own; what the command needs below them is shown again.
 COVERED = ("/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - the guest's own /tmp

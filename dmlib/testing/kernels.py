@@ -146,10 +146,10 @@ def module_files(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes]
             by_name[_module_name(path)] = path
     order: list[str] = []
     for name in names:
-        path = by_name.get(_module_name(name))
-        if path is not None:
+        found = by_name.get(_module_name(name))
+        if found is not None:
             # modules.dep lists the dependencies of dependencies too, the deepest last.
-            order += [entry for entry in [*reversed(depends[path]), path] if entry not in order]
+            order += [entry for entry in [*reversed(depends[found]), found] if entry not in order]
     return [(_module_name(path), _contents(os.path.join(folder, path))) for path in order]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""QEMU with the distribution's own kernel: more than one processor, a kernel that people run; no root, KVM if it works."""
+"""QEMU with the distribution's own kernel: more than one processor, one that people run; no root, KVM if it works."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Qemu(Backend):
         table = write_file(folder, "fstab", mount_table(mounts(job, writable)))
         lines = Lines(control="$control", stdout="$stdout", stderr=None if channels.stderr is None else "$stderr")
         script = guest_script(
-            job, table=table, modules=kernel.modules, preload=(), find_lines=_FIND_PORTS, lines=lines, token=token
+            job, table=table, modules=kernel.modules, find_lines=_FIND_PORTS, lines=lines, token=token
         )
         init = write_file(folder, "init", script, mode=0o700)
         ram_disk = os.path.join(folder, "initramfs")
@@ -87,7 +87,7 @@ class Qemu(Backend):
         return Launch(argv=argv, env={"HOME": folder, "PATH": os.environ.get("PATH", os.defpath)}, boot_time=boot_time)
 
     def stalled(self) -> bool:
-        """See Backend: KVM may be there and useless, which only a boot can tell; it is remembered until the next boot."""
+        """See Backend: KVM may be there and useless, which only trying can tell; remembered until the next boot."""
         if not self._kvm():
             return False
         self._emulate = True

@@ -7,11 +7,14 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dmlib.testing.errors import GuestUnavailableError
 from dmlib.testing.job import HOST_TREE, MODPROBE_HOME, Job
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 Mount = tuple[str, str, str, str]
 
@@ -34,9 +37,7 @@ class Lines:
     terminals: bool = False
 
 
-def guest_script(
-    job: Job, *, table: str, modules: str, preload: Iterable[str], find_lines: str, lines: Lines, token: str
-) -> str:
+def guest_script(job: Job, *, table: str, modules: str, find_lines: str, lines: Lines, token: str) -> str:
     """
     Return the script: mounts, modules, udevd, the command, its status.
 
@@ -44,7 +45,6 @@ def guest_script(
         job: What to run.
         table: Path of the mount table, as `mount_table` makes it.
         modules: Folder of the host with one folder of modules for each kernel version.
-        preload: Modules to load besides those that every guest has.
         find_lines: Shell lines that set what *lines* refers to.
         lines: Where the answers go.
         token: What the guest writes last on both outputs; all before it belongs to the command.
@@ -57,7 +57,7 @@ def guest_script(
             # One mount for all: starting a program takes a guest up to a tenth of a second.
             f"mount --all --fstab {table}\n",
             _modules(modules),
-            f"modprobe -a loop dm-mod {' '.join(preload)}\n",
+            "modprobe -a loop dm-mod\n",
             find_lines,
             _show_files(job),
             _udev(job),

@@ -26,8 +26,8 @@ class UserModeLinux(Backend):
         """See Backend."""
         if shutil.which("linux.uml") is None or not os.path.isdir(_MODULES):
             raise GuestUnavailableError(
-                "There is no User-Mode Linux here; install the package user-mode-linux (Debian, Ubuntu; Fedora has none:"
-                " use --on qemu there)."
+                "There is no User-Mode Linux here; install the package user-mode-linux (Debian, Ubuntu;"
+                " Fedora has none: use --on qemu there)."
             )
         if job.cpus > 1:
             raise GuestUnavailableError("User-Mode Linux has one processor; use --on qemu for more.")
@@ -43,9 +43,7 @@ class UserModeLinux(Backend):
             stderr=None if channels.stderr is None else "/dev/ttyS2",
             terminals=True,
         )
-        script = guest_script(
-            job, table=table, modules=_MODULES, preload=(), find_lines="", lines=lines, token=token
-        )
+        script = guest_script(job, table=table, modules=_MODULES, find_lines="", lines=lines, token=token)
         serials = [channels.control, channels.stdout, channels.stderr]
         argv = [
             shutil.which("linux.uml") or "linux.uml",

@@ -121,3 +121,13 @@ def test_malformed(text, field, position):
     target = parse_target("linear", text)
     assert target == RawTarget("linear", text)
     assert target.problem == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word", ["4096:0", "0:1048576", "9999999999999:1", "8:", ":0", "8:0:0", "8:x", "\N{SUPERSCRIPT TWO}:0"]
+)
+def test_words_that_are_no_numbers(word):
+    """A word that no device can have as its number is kept as the path that it may be."""
+    target = parse_target("linear", f"{word} 8", strict=True)
+    assert target.device == word
+    assert target.params() == f"{word} 8"

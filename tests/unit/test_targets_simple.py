@@ -101,3 +101,10 @@ def test_any_text(type_name, text):
         printed = target.params()
         assert printed == printed.strip()
         assert parse_target(type_name, printed, strict=True) == target
+
+
+def test_a_family_has_to_say_its_words():
+    """The base class is nothing by itself: a family that leaves out a part is found at the first use."""
+    for use in (lambda: Target().type_name, Target().params, lambda: Target.from_params("")):
+        with pytest.raises(NotImplementedError):
+            use()
