@@ -68,17 +68,20 @@ def node_of(number: ids.DeviceNumber) -> str:
     raise DeviceNotFoundError("find the node of", str(number), errno.ENXIO)
 
 
-def mapped_holders(number: ids.DeviceNumber) -> list[tuple[str, str]]:
-    """Return name and uuid of the mapped devices directly on top of a device, from sysfs."""
-    found = []
-    directory = f"/sys/dev/block/{number}/holders"
-    for entry in os.listdir(directory):
-        texts = []
-        for field in ("name", "uuid"):
-            with open(f"{directory}/{entry}/dm/{field}", "rb") as attribute:
-                texts.append(ids.unmangle(attribute.read().rstrip(b"\n")))
-        found.append((texts[0], texts[1]))
-    return found
+def mapped_holders(number: ids.DeviceNumber) -> frozenset[ids.DeviceNumber]:
+    """
+    Return the mapped devices directly on top of a device, by a live or an inactive table.
+
+    Source: sysfs, ``holders``.
+    """
+    found = set()
+    for entry in os.listdir(f"/sys/dev/block/{number}/holders"):
+        with (
+            contextlib.suppress(FileNotFoundError),  # removed meanwhile
+            open(f"/sys/block/{entry}/dev", encoding="ascii") as device,
+        ):
+            found.add(ids.DeviceNumber.parse(device.read().strip()))
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -335,8 +335,9 @@ class Prepared:
         # queue and can run without the lock, which it must, since it may have to wait for I/O.
         if operation is Operation.RESUME or (operation is Operation.CREATE and not lib.dm_udev_get_sync_support()):
             self._set(lib.dm_task_set_add_node(self.pointer, lib.DM_ADD_NODE_ON_CREATE))
-        if operation in _UEVENT:
-            self._set(self._cookie.attach(self.pointer, self.task.udev))
+        # A removal can do without a cookie: where no semaphore is left, it is what takes things back.
+        if operation in _UEVENT and not self._cookie.attach(self.pointer, self.task.udev):
+            self._set(operation is Operation.REMOVE)
 
     def _set(self, ok: int) -> None:
         if not ok:
@@ -463,18 +464,22 @@ class Prepared:
             self._lib.dm_task_destroy(pointer)
 
     def _check_node(self, info: DeviceInfo) -> None:
-        """Compare the node with what it must be now, and mend it where udev, or the lack of it, left it wrong."""
+        """Compare the nodes with what they must be now, and mend those that udev, or the lack of it, left wrong."""
         operation = self.task.operation
         if operation not in _UEVENT:
             return
         renamed = self.task.new if operation is Operation.RENAME else None
-        name = renamed or self.task.name or info.name
-        number = None if operation is Operation.REMOVE and not info.deferred_remove else info.number
+        if renamed and self.task.name:
+            self._mend_node(self.task.name, None)
+        gone = operation is Operation.REMOVE and not info.deferred_remove
+        self._mend_node(renamed or self.task.name or info.name, None if gone else info.number)
+
+    def _mend_node(self, name: str, number: ids.DeviceNumber | None) -> None:
         if not name or node_problem(name, number) is None:
             return
-        Task(Operation.MKNODES, name=name).run()
-        problem = node_problem(name, number)
+        there = Task(Operation.MKNODES, name=name).run().device.number  # by now somebody else may have taken the name
+        problem = node_problem(name, there if there.major else None)
         if problem is not None:
             if self._cookie.timed_out:
                 raise UdevTimeoutError(self._cookie.timed_out, name, udev_timeout(), problem)
-            raise TaskError(operation.value, name, None, log=(problem,))
+            raise TaskError(self.task.operation.value, name, None, log=(problem,))

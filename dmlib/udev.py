@@ -12,15 +12,22 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import stat
+import sys
 import time
-from typing import Any, Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 from dmlib import _ffi, ids
 from dmlib.errors import ArgumentError, UnsupportedError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _log: Final = logging.getLogger("dmlib.udev")
 _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.02
+_PATIENCE_AFTER_INTERRUPT: Final = 1.0
 
 _timeout = 30.0
 
@@ -54,7 +61,7 @@ def set_udev(mode: str = "auto", *, timeout: float = 30.0) -> None:
             whose udev belongs to somebody else; the environment variable ``DM_DISABLE_UDEV`` does the same).
             ``"on"``: insist.
         timeout: Seconds for which a verb waits for udev. After that, dmlib logs a warning, takes the cookie down
-            and makes the node itself.
+            and makes the node itself. What is taken back after Ctrl-C waits for one second at most.
 
     Raises:
         ArgumentError: Another word, or a timeout that is not positive.
@@ -63,7 +70,7 @@ def set_udev(mode: str = "auto", *, timeout: float = 30.0) -> None:
     global _timeout  # noqa: PLW0603 - libdevmapper's own switch is one per process too
     if mode not in ("auto", "off", "on"):
         raise ArgumentError("mode", mode, "must be auto, off or on")
-    if not timeout > 0:
+    if not (isinstance(timeout, (int, float)) and timeout > 0):
         raise ArgumentError("timeout", timeout, "must be positive")
     lib, _ = _ffi.connect() if mode == "on" else _ffi.load()
     with _ffi.lock:
@@ -94,7 +101,8 @@ class Cookie:
 
     def wait(self, what: str) -> None:
         """Wait until udev has answered, or the time is over; then the cookie is gone either way."""
-        deadline = time.monotonic() + _timeout
+        patience = min(_timeout, _PATIENCE_AFTER_INTERRUPT) if _interrupted() else _timeout
+        deadline = time.monotonic() + patience
         pause = _FIRST_PAUSE
         try:
             while self._cell[0] and not self._answered():
@@ -107,10 +115,10 @@ class Cookie:
             self.discard()
         if self.timed_out:
             message = "%s: no answer from udev within %g s (cookie 0x%x), seeing to the node without it"
-            _log.warning(message, what, _timeout, self.timed_out)
+            _log.warning(message, what, patience, self.timed_out)
 
     def _answered(self) -> bool:
-        with _ffi.lock:
+        with self._looked_after():
             known = self._lib.dm_udev_wait_immediate(self._cell[0], self._ready)
             if not known or self._ready[0]:
                 self._cell[0] = 0
@@ -119,9 +127,28 @@ class Cookie:
     def discard(self) -> None:
         """Take the cookie down, whatever udev still owes it."""
         if self._cell[0]:
-            with _ffi.lock:
+            with self._looked_after():
                 self._lib.dmlib_cookie_discard(self._cell[0])
                 self._cell[0] = 0
+
+    @contextmanager
+    def _looked_after(self) -> Iterator[None]:
+        """Take the lock; and while synchronisation is off, libdevmapper ignores the cookies that it has made before."""
+        with _ffi.lock:
+            switched_off = not self._lib.dm_udev_get_sync_support()
+            try:
+                if switched_off:
+                    self._lib.dm_udev_set_sync_support(1)
+                yield
+            finally:
+                if switched_off:
+                    self._lib.dm_udev_set_sync_support(0)
+
+
+def _interrupted() -> bool:
+    """Whether something is being taken back because of Ctrl-C or the like, and somebody waits for that to end."""
+    error = sys.exception()
+    return error is not None and not isinstance(error, Exception)
 
 
 def node_path(name: str) -> str:
@@ -133,9 +160,9 @@ def node_problem(name: str, number: ids.DeviceNumber | None) -> str | None:
     """Return what is wrong with the node of *name*, which must be device *number*, or be gone if that is ``None``."""
     path = node_path(name)
     try:
-        found = ids.DeviceNumber.from_dev(os.stat(path).st_rdev)
+        found = os.stat(path, follow_symlinks=number is not None)
     except FileNotFoundError:
         return None if number is None else f"{path} is missing"
-    if number is None:
-        return f"{path} is still there"
-    return None if found == number else f"{path} is not the device {number}"
+    if number is None:  # a dangling link would lead to the next device of that number; a file leads nowhere
+        return f"{path} is still there" if stat.S_ISLNK(found.st_mode) or stat.S_ISBLK(found.st_mode) else None
+    return None if ids.DeviceNumber.from_dev(found.st_rdev) == number else f"{path} is not the device {number}"

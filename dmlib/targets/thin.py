@@ -41,8 +41,17 @@ DATA_BLOCK_SIZE_MIN: Final = KiB(64)
 DATA_BLOCK_SIZE_MAX: Final = MiB(1024)
 """Largest data block."""
 
-METADATA_MIN: Final = MiB(2)
-"""Smallest metadata device: the least that the kernel's guide recommends."""
+METADATA_MIN: Final = KiB(68)
+"""
+Smallest metadata device with which the smallest pool works.
+
+Measured on Linux 6.1: the kernel refuses up to 28 KiB, starts the pool read-only from 32 KiB on, and from 48 to 64 KiB
+lets it begin and fail at the first message or write. A data device of many blocks needs more:
+:func:`recommended_metadata_size`.
+"""
+
+METADATA_RECOMMENDED_MIN: Final = MiB(2)
+"""The least that the kernel's guide recommends."""
 
 METADATA_MAX: Final = MetaBlocks(255 * ((1 << 14) - 64)).to_sectors()
 """What a pool can use of its metadata device, 15.88 GiB; the kernel ignores the rest of a larger one."""
@@ -89,14 +98,14 @@ def recommended_metadata_size(data_size: Size, data_block_size: Size) -> Sectors
         data_block_size: The pool's data block size.
 
     Returns:
-        A whole number of 4 KiB blocks, METADATA_MIN..METADATA_MAX.
+        A whole number of 4 KiB blocks, METADATA_RECOMMENDED_MIN..METADATA_MAX.
 
     Source: kernel admin-guide, thin-provisioning.
     """
     block = check_data_block_size(data_block_size)
     blocks = -(-as_sectors(data_size, "data_size").count // block.count)
     needed = MetaBlocks(-(-blocks * _METADATA_BYTES_PER_BLOCK // MetaBlocks(1).bytes)).to_sectors()
-    return max(METADATA_MIN, min(needed, METADATA_MAX))
+    return max(METADATA_RECOMMENDED_MIN, min(needed, METADATA_MAX))
 
 
 @dataclass(frozen=True, slots=True, init=False)
