@@ -43,18 +43,17 @@ def holders_of(number: ids.DeviceNumber) -> list[ListedDevice]:
     return [device for device in list_devices() if device.number in holders] if holders else []
 
 
-def active_elsewhere(pool: Device, thin_id: int, *, ours: str) -> DeviceInfo | None:
+def active_elsewhere(pool: DeviceInfo, thin_id: int, *, ours: str) -> DeviceInfo | None:
     """
     Return a device over *thin_id* of *pool* that dmlib did not make.
 
-    Two ioctls if each device on the pool has a uuid that begins with *ours*, two more for each that has not.
+    One ioctl if each device on the pool has a uuid that begins with *ours*, two more for each that has not.
     """
-    info = pool.info()
-    if not info.open_count:
+    if not pool.open_count:
         return None
-    for holder in holders_of(info.number):
+    for holder in holders_of(pool.number):
         device = Device(holder.name)
-        if not (holder.uuid or "").startswith(ours) and is_thin(device, info.number, thin_id):
+        if not (holder.uuid or "").startswith(ours) and is_thin(device, pool.number, thin_id):
             try:
                 return device.info()
             except DeviceNotFoundError:  # removed meanwhile

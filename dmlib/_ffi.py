@@ -128,6 +128,9 @@ _WARNING: Final = 4
 _DEBUG: Final = 7
 _PYTHON_LEVELS: Final = {2: logging.CRITICAL, 3: logging.ERROR, 4: logging.WARNING, 5: logging.INFO, 6: logging.DEBUG}
 
+_LIBRARY: Final = "libdevmapper.so.1.02.1 (Debian/Ubuntu: libdevmapper1.02.1; Fedora: device-mapper-libs)"
+_HOW_TO_BUILD: Final = "build it by installing dmlib again, or in a checkout with: python _build_dm.py"
+
 _loaded: tuple[Library, Any] | None = None
 _ready = False
 
@@ -151,12 +154,13 @@ def _load() -> tuple[Library, Any]:
     try:
         from dmlib import _dm  # type: ignore[attr-defined] # noqa: PLC0415 - compiled, and loaded on first use only
     except ImportError as error:
-        need = "the compiled extension dmlib._dm and libdevmapper.so.1.02.1"
+        need = f"{_LIBRARY} and the compiled extension dmlib._dm ({_HOW_TO_BUILD})"
         raise UnsupportedError("dmlib", need, str(error)) from error
     lib, ffi = cast("Library", _dm.lib), _dm.ffi
     version = ffi.string(_dm.lib.dmlib_version()).decode() if hasattr(_dm.lib, "dmlib_version") else "unknown"
     if version != dmlib.__version__:
-        raise UnsupportedError(f"dmlib {dmlib.__version__}", "its own compiled extension", f"that of dmlib {version}")
+        need = f"its own compiled extension ({_HOW_TO_BUILD})"
+        raise UnsupportedError(f"dmlib {dmlib.__version__}", need, f"that of dmlib {version}")
     lib.dmlib_log_install()
     lib.dm_hold_control_dev(1)  # a library that closes it would pull it from under a blocked thread
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_after_fork)

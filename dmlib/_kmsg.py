@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 from collections import deque
 from typing import Final
 
 _MARKER: Final = b"device-mapper:"
 _RECORD_SIZE: Final = 8192
+_DEVICE: Final = os.makedev(1, 11)
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may come in between
 _descriptor: int | None = None
 _unreadable = False
 _lines: deque[tuple[int, str]] = deque(maxlen=256)
@@ -30,9 +32,16 @@ def _open() -> int | None:
     global _descriptor, _unreadable  # noqa: PLW0603 - the process has one
     if _descriptor is None and not _unreadable:
         try:
-            _descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(_descriptor, 0, os.SEEK_END)
+            descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except OSError:  # not root, or a container without it: errors come without kernel lines then
+            _unreadable = True
+            return None
+        found = os.fstat(descriptor)
+        if stat.S_ISCHR(found.st_mode) and found.st_rdev == _DEVICE:
+            os.lseek(descriptor, 0, os.SEEK_END)
+            _descriptor = descriptor
+        else:  # containers put a pipe, a console or a file there, which somebody else reads
+            os.close(descriptor)
             _unreadable = True
     return _descriptor
 
@@ -50,9 +59,10 @@ def _drain() -> None:
         if not record:
             return
         head, _, text = record.partition(b"\n")[0].partition(b";")
-        _last = int(head.split(b",")[1])
+        number = int(head.split(b",")[1])
         if _MARKER in text:
-            _lines.append((_last, os.fsdecode(text[text.index(_MARKER) :])))
+            _lines.append((number, os.fsdecode(text[text.index(_MARKER) :])))
+        _last = max(_last, number)  # a signal handler may have read on meanwhile
 
 
 def mark() -> int:
@@ -72,7 +82,7 @@ def since(mark: int) -> tuple[str, ...]:
 def forget() -> None:
     """Start anew in a forked child: the descriptor's position is shared with the parent."""
     global _descriptor, _unreadable, _last, _lock  # noqa: PLW0603
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     if _descriptor is not None:
         with contextlib.suppress(OSError):  # closed by the child itself already
             os.close(_descriptor)

@@ -243,10 +243,11 @@ class LivePool:
         Cost: one ioctl if a device of dmlib has. Else two more, and two for each device on the pool that other
         programs made.
         """
-        return active_by_uuid(self.uuid_of(ids.check_thin_id(thin_id))) or self._active_elsewhere(thin_id)
+        device = active_by_uuid(self.uuid_of(ids.check_thin_id(thin_id)))
+        return device or self._active_elsewhere(self.device.info(), thin_id)
 
-    def _active_elsewhere(self, thin_id: int) -> DeviceInfo | None:
-        return active_elsewhere(self.device, thin_id, ours=thin_uuid(self.metadata_device, ""))
+    def _active_elsewhere(self, pool: DeviceInfo, thin_id: int) -> DeviceInfo | None:
+        return active_elsewhere(pool, thin_id, ours=thin_uuid(self.metadata_device, ""))
 
 
 class PoolMessage:

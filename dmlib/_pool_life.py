@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from contextlib import contextmanager
@@ -14,7 +15,13 @@ from dmlib._active import holders_of
 from dmlib._pool import LivePool
 from dmlib._undo import Undo
 from dmlib.device import REMOVE_TIMEOUT, Device
-from dmlib.errors import ArgumentError, DeviceBusyError, OutOfDataSpaceError, OutOfMetadataSpaceError
+from dmlib.errors import (
+    ArgumentError,
+    DeviceBusyError,
+    OutOfDataSpaceError,
+    OutOfMetadataSpaceError,
+    TargetRefusedError,
+)
 from dmlib.table import Table
 from dmlib.targets.thin import METADATA_MAX, check_data_block_size, check_metadata_size
 from dmlib.targets.thin_pool import ThinPoolTarget
@@ -123,19 +130,24 @@ class PoolLife(LivePool):
             claim.run()
             if any(block):
                 blockdev.zero_first_block(path)
-            device.load(table)
-            device.resume(udev=UdevFlags.PRIVATE)
+            blocks = DataBlocks(table.length // target.data_block_size)
+            try:
+                device.load(table)
+                device.resume(udev=UdevFlags.PRIVATE)
+            except TargetRefusedError as refusal:
+                if refusal.errno == errno.ENOSPC:
+                    raise _too_small(name, None, blocks) from refusal
+                raise
             pool = cls(name)
-            pool._check_formatted(DataBlocks(table.length // pool.data_block_size))
+            pool._check_formatted(blocks)
         return pool
 
     def _check_formatted(self, blocks: DataBlocks) -> None:
-        # With too little metadata the kernel starts the pool all the same: read-only, its first transaction taken
+        # With too little metadata the kernel may start the pool all the same: read-only, its first transaction taken
         # back, or with so little left that this happens at the first write.
         status = self.status()
         if status.total_data != blocks or status.needs_check or status.free_metadata < _METADATA_FIRST_WRITE:
-            problem = f"the metadata device, of {status.total_metadata}, is too small for {blocks}"
-            raise OutOfMetadataSpaceError(self.name, status, problem)
+            raise _too_small(self.name, status, blocks)
 
     @classmethod
     def activate(
@@ -307,8 +319,8 @@ class PoolLife(LivePool):
     def _check_metadata_grows(self) -> ThinPoolStatus:
         try:
             return self.check_writable("grow_metadata")
-        except OutOfMetadataSpaceError as full:  # which growing heals
-            return full.status
+        except OutOfMetadataSpaceError:  # which growing heals
+            return self.status()
 
     def reconfigure(
         self,
@@ -354,6 +366,10 @@ class PoolLife(LivePool):
 def _claim(name: str, metadata_device: ids.DeviceNumber) -> tuple[Device, Task]:
     device = Device(name)
     return device, Task(Operation.CREATE, name=name, uuid=f"{ids.UUID_PREFIX}{metadata_device}-pool")
+
+
+def _too_small(name: str, status: ThinPoolStatus | None, blocks: DataBlocks) -> OutOfMetadataSpaceError:
+    return OutOfMetadataSpaceError(name, status, f"the metadata device is too small for {blocks}")
 
 
 def _check_not_claimed(target: ThinPoolTarget) -> None:

@@ -44,7 +44,7 @@ def write_back(device: ids.DeviceNumber, *, label: str, timeout: float | None, l
 
     Raises:
         SuspendTimeoutError: It took longer. Nothing was suspended; the write-back goes on by itself.
-        TaskError: A file system could not be synced.
+        TaskError: A file system or the device could not be synced.
     """
     failures: list[BaseException] = []
     done = threading.Event()
@@ -72,21 +72,32 @@ def write_back(device: ids.DeviceNumber, *, label: str, timeout: float | None, l
 
 
 def _sync_all(device: ids.DeviceNumber) -> None:
-    lib, _ = _ffi.load()
     for number in (device, *stacked_on(device)):
-        for mount in mount_points(number):
-            descriptor = os.open(mount.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                failed = lib.dmlib_syncfs(descriptor)
-            finally:
-                os.close(descriptor)
-            if failed:
-                raise from_task("syncfs", str(mount.path), failed)
-    descriptor = os.open(blockdev.node_of(device), os.O_RDONLY | os.O_CLOEXEC)
+        _sync_file_system(number)
+    node = blockdev.node_of(device)
+    descriptor = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise from_task("fsync", node, error.errno) from error
     finally:
         os.close(descriptor)
+
+
+def _sync_file_system(device: ids.DeviceNumber) -> None:
+    lib, _ = _ffi.load()
+    for mount in mount_points(device):  # any of them will do
+        try:
+            descriptor = os.open(mount.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # unmounted meanwhile, or the process is gone through which it was seen
+            continue
+        try:
+            failed = lib.dmlib_syncfs(descriptor)
+        finally:
+            os.close(descriptor)
+        if failed:
+            raise from_task("syncfs", mount.path, failed)
+        return
 
 
 def check_room(pool: str, status: ThinPoolStatus, data_block_size: Sectors, origin_size: Sectors) -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Taking back what was done when a later step fails."""
+"""Taking back what was done when a later step fails, undisturbed by Ctrl-C."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import TYPE_CHECKING, Protocol, Self
 
 from dmlib.errors import CleanupError
@@ -10,6 +12,55 @@ from dmlib.errors import CleanupError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+
+
+_thread = threading.local()
+
+
+def interrupted() -> bool:
+    """Whether this thread takes something back because of Ctrl-C or the like, so that somebody waits for the end."""
+    error = sys.exception()
+    return getattr(_thread, "interrupted", False) or not isinstance(error, Exception | None)
+
+
+def undisturbed(step: Callable[[], object]) -> None:
+    """
+    Run *step* to its end, once, however often Ctrl-C is pressed meanwhile; the last one is raised afterwards.
+
+    Python runs signal handlers in the main thread only, so there another thread does the work.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        step()
+        return
+    once, done = threading.Lock(), threading.Event()
+    failures: list[BaseException] = []
+    interrupt: KeyboardInterrupt | None = None
+    hurry = interrupted()
+
+    def run() -> None:
+        if once.acquire(blocking=False):
+            _thread.interrupted = hurry
+            try:
+                step()
+            except BaseException as failure:  # noqa: BLE001 - raised below, in the thread that waits
+                failures.append(failure)
+            finally:
+                _thread.interrupted = False
+                done.set()
+
+    while not done.is_set():
+        try:
+            # Again after each Ctrl-C: it may have kept the one before from starting.
+            threading.Thread(target=run, name="dmlib-undo").start()
+            done.wait()
+        except KeyboardInterrupt as error:
+            interrupt = error
+        except RuntimeError:  # no more threads at the end of the interpreter
+            run()
+    if failures:
+        raise failures[0]
+    if interrupt is not None:
+        raise interrupt
 
 
 class _Attempt(Protocol):
@@ -42,16 +93,19 @@ class Undo:
         if error is None:
             return
         failures: list[Exception] = []
-        while self._steps:
-            step, after = self._steps.pop()
-            try:
-                if after is None or after.succeeded:
-                    step()
-            except Exception as failure:  # noqa: BLE001 - collected, and raised below
-                failures.append(failure)
+        undisturbed(lambda: self._take_back(failures))
         if not failures:
             return
         left = CleanupError(f"{self._what} failed, and so did taking it back", failures)
         if isinstance(error, Exception):
             raise left from error
         error.add_note(f"{left}: {'; '.join(map(str, failures))}")  # Ctrl-C stays Ctrl-C
+
+    def _take_back(self, failures: list[Exception]) -> None:
+        while self._steps:
+            step, after = self._steps.pop()
+            try:
+                if after is None or after.succeeded:
+                    step()
+            except Exception as failure:  # noqa: BLE001 - collected for the one error of them all
+                failures.append(failure)

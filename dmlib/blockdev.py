@@ -23,7 +23,7 @@ from dmlib.units import METADATA_BLOCK_SIZE, Sectors
 from dmlib.usage import users_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _SUPERBLOCK: Final = struct.Struct("<4x4xQ16xQII Q")  # csum, flags, blocknr, uuid, magic, version, time, transaction
 _MAGIC: Final = 27022010
@@ -132,8 +132,7 @@ def read_first_block(path: str) -> bytes:
         TaskError: It cannot be read.
     """
     with exclusive(path) as descriptor, mmap.mmap(-1, METADATA_BLOCK_SIZE) as page:
-        if os.preadv(descriptor, [page], 0) != METADATA_BLOCK_SIZE:
-            raise from_task("read", path, errno.EIO)
+        _transfer("read", path, lambda: os.preadv(descriptor, [page], 0))
         return page[:]
 
 
@@ -146,8 +145,16 @@ def zero_first_block(path: str) -> None:
         TaskError: It cannot be written.
     """
     with exclusive(path, write=True) as descriptor, mmap.mmap(-1, METADATA_BLOCK_SIZE) as page:
-        if os.pwritev(descriptor, [page], 0) != METADATA_BLOCK_SIZE:
-            raise from_task("write", path, errno.EIO)
+        _transfer("write", path, lambda: os.pwritev(descriptor, [page], 0))
+
+
+def _transfer(verb: str, path: str, move: Callable[[], int]) -> None:
+    try:
+        moved = move()
+    except OSError as error:
+        raise from_task(verb, path, error.errno) from error
+    if moved != METADATA_BLOCK_SIZE:
+        raise from_task(verb, path, errno.EIO)
 
 
 def parse_superblock(block: bytes) -> PoolSuperblock | None:

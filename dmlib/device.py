@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from dmlib import ids
-from dmlib._undo import Undo
+from dmlib._undo import Undo, undisturbed
 from dmlib.errors import ArgumentError, DeviceBusyError, DeviceNotFoundError, StateError
-from dmlib.section import Hold, run_section
+from dmlib.section import Hold, run_section, wait_for_late
 from dmlib.table import Table, status_from_entries
 from dmlib.task import DeviceInfo, Operation, Task
 from dmlib.udev import UdevFlags, node_path
@@ -196,8 +196,8 @@ class Device:
         Give the device its uuid, which can be done once.
 
         Raises:
-            DeviceExistsError: Another device has it.
-            TaskError: The device has one already (EINVAL).
+            DeviceExistsError: A device has it, be it this one.
+            TaskError: The device has another one already (EINVAL).
 
         Minimum driver: 4.19 (Linux 2.6.37).
 
@@ -308,8 +308,7 @@ class Device:
             yield self
         finally:
             # A signal handler may have raised just as the suspend came back; then the kernel is asked.
-            if entered or self.info().suspended:
-                self.resume()
+            undisturbed(lambda: (entered or self.info().suspended) and self.resume())
 
     def reload(
         self,
@@ -339,6 +338,7 @@ class Device:
 
         Cost: four ioctls (table, load, suspend, resume).
         """
+        timeout = wait_for_late(self.name, timeout)
         before = Task(Operation.TABLE, name=self.name).run()
         if not before.device.live_table:
             raise StateError(self.name, "has no live table to replace: use load() and resume()")

@@ -169,8 +169,10 @@ class LoopDevice:
         """
         Make a file available as a block device under a free number; all of it happens, or nothing stays.
 
-        It stays until :meth:`detach`. Autoclear is no option here: nobody would have the device open when this
-        returns, so the kernel would detach it at once. See :meth:`temporary` and :meth:`set_autoclear`.
+        If it fails while udev looks at the half-made device, that goes when udev closes it, a moment later.
+
+        Autoclear is no option here: nobody would have the device open when this returns, so the kernel would detach
+        it at once. See :meth:`temporary` and :meth:`set_autoclear`.
 
         Args:
             path: A regular file or a block device; symbolic links are followed.
@@ -184,8 +186,8 @@ class LoopDevice:
             PermissionDeniedError: The file or the loop driver may not be used by this process.
             UnsupportedError: There is no loop driver; or direct I/O, or writing, cannot be had for this file.
             DeviceBusyError: Others took the free number a thousand times.
-            TaskError: The kernel refused: EBADF for a loop device over itself, EROFS for a file that can only be
-                read, EINVAL for a block size that it does not have.
+            TaskError: The kernel refused: EROFS for a file that can only be read, ETXTBSY for one that is swapped to,
+                EINVAL for a block size that it does not have.
 
         Minimum kernel: any; *direct_io* 4.10, *block_size* 4.14. Before 5.8 it takes several steps, and for a moment
         the device is there without offset and limit.
@@ -194,8 +196,7 @@ class LoopDevice:
         """
         loop, node, file = _claim(_check(path, options))
         try:
-            info = _Info.read(loop)
-            _run("loop-attach", node, lambda: info._replace(flags=info.flags & ~_AUTOCLEAR).write(loop))
+            _run("loop-attach", node, lambda: _change_autoclear(loop, enabled=False))
         finally:
             os.close(loop)
         return cls(node, file)
@@ -256,12 +257,19 @@ class LoopDevice:
         attached = type(self)(self.path, info.file)
         deadline = time.monotonic() + timeout
         pause = _PAUSE
-        while not lazy and attached.exists():
+        while not lazy and attached._waits_for_user():  # noqa: SLF001 - of its own class
             if time.monotonic() + pause > deadline:
                 note = "autoclear is set: the kernel detaches it when the last user closes it"
                 raise DeviceBusyError("loop-detach", self.path, log=[note])
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _waits_for_user(self) -> bool:
+        # Without autoclear it is not the old attachment: somebody has attached the same file there anew.
+        try:
+            return self.status().autoclear
+        except DeviceNotFoundError:
+            return False
 
     def set_autoclear(self, *, enabled: bool) -> None:
         """
@@ -276,9 +284,8 @@ class LoopDevice:
 
         Source: LOOP_SET_STATUS64 with LO_FLAGS_AUTOCLEAR.
         """
-        with self._open("loop-set-autoclear") as (descriptor, info):
-            flags = info.flags | _AUTOCLEAR if enabled else info.flags & ~_AUTOCLEAR
-            _run("loop-set-autoclear", self.path, lambda: info._replace(flags=flags).write(descriptor))
+        with self._open("loop-set-autoclear") as (descriptor, _info):
+            _run("loop-set-autoclear", self.path, lambda: _change_autoclear(descriptor, enabled=enabled))
 
     def refresh_size(self) -> Sectors:
         """
@@ -518,6 +525,11 @@ def _run(operation: str, device: str, step: Callable[[], _Result]) -> _Result:
 
 def _size_of(descriptor: int) -> Sectors:
     return Sectors(os.lseek(descriptor, 0, os.SEEK_END) // SECTOR_SIZE)
+
+
+def _change_autoclear(loop: int, *, enabled: bool) -> None:
+    info = _Info.read(loop)
+    info._replace(flags=info.flags | _AUTOCLEAR if enabled else info.flags & ~_AUTOCLEAR).write(loop)
 
 
 def _option(options: LoopOptions, name: Literal["offset", "size_limit", "block_size"]) -> int | None:

@@ -11,7 +11,9 @@ nothing else would ever resume the device.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _GATE_ABANDONED: Final = 2
+
+_late: Final[dict[str, _Worker]] = {}
+"""By device, the last section that was given up: what it suspends late, it clears and resumes."""
+
+os.register_at_fork(after_in_child=_late.clear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,31 @@ class Hold:
     clear: Task | None = None
     restore: Task | None = None
     resume_restored: Task | None = None
+
+
+def wait_for_late(device: str, timeout: float | None) -> float | None:
+    """
+    Wait until a section on *device* that was given up is through; else it would undo what is begun here.
+
+    Args:
+        device: The device, as its tasks label it.
+        timeout: Seconds; ``None`` waits for ever.
+
+    Returns:
+        What is left of *timeout*.
+
+    Raises:
+        SuspendTimeoutError: The kernel still has not finished that suspend.
+    """
+    worker = _late.get(device)
+    if worker is None:
+        return timeout
+    begin = time.monotonic()
+    if not worker.called.wait(timeout):
+        raise SuspendTimeoutError(device, timeout or 0.0)
+    if _late.get(device) is worker:
+        _late.pop(device, None)
+    return None if timeout is None else max(0.0, timeout - (time.monotonic() - begin))
 
 
 def run_section(
@@ -67,10 +99,13 @@ def run_section(
             the old one is live again.
         CleanupError: A device could not be resumed, not with its old table either: it is still suspended.
     """
+    rest = timeout
+    for hold in holds:
+        rest = wait_for_late(hold.suspend.label, rest)
     worker = _Worker(holds, messages, keep_suspended=keep_suspended)
     try:
         worker.start()
-        given_up = not worker.called.wait(timeout) and worker.abandon()
+        given_up = not worker.called.wait(rest) and worker.abandon()
         if not given_up:
             worker.join()
     except BaseException:
@@ -98,6 +133,7 @@ class _Worker(threading.Thread):
 
     def abandon(self) -> bool:
         """Give up waiting; False if the last suspend is through, so that the end is near and must be awaited."""
+        _late.update((hold.suspend.label, self) for hold in self._holds)
         self._lib.dmlib_gate_abandon(self._gate)
         return bool(self._gate[0] == _GATE_ABANDONED)
 
@@ -117,6 +153,9 @@ class _Worker(threading.Thread):
             self.error = error
         finally:
             self.called.set()
+            for hold in self._holds:
+                if _late.get(hold.suspend.label) is self:
+                    del _late[hold.suspend.label]
 
     def _call(self, stack: ExitStack) -> None:
         def prepare(task: Task | None) -> Prepared | None:

@@ -270,6 +270,7 @@ class Prepared:
                 self._build()
             except BaseException:
                 self._free()
+                self._cookie.discard()
                 raise
         return self
 
@@ -277,13 +278,14 @@ class Prepared:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         done = self.task.succeeded
-        with _ffi.lock:
-            self._free()
-            if self.task.operation in _LOCKED:
-                self._lib.dm_task_update_nodes()
-        if done and kind is None:
-            self._cookie.wait(f"{self.task.operation.value} {self.task.label}")
-        else:
+        try:
+            with _ffi.lock:
+                self._free()
+                if self.task.operation in _LOCKED:
+                    self._lib.dm_task_update_nodes()
+            if done and kind is None:
+                self._cookie.wait(f"{self.task.operation.value} {self.task.label}")
+        finally:
             self._cookie.discard()
         _ffi.take_log()
         if done and kind is None and self._result is not None and self._result.info is not None:

@@ -102,7 +102,7 @@ class ThinPool(PoolLife):
             undo.push(thin._take_back, after=message)  # noqa: SLF001 - one concern in two classes
             message.run()
             if activate:
-                thin._map(UdevFlags.NONE)  # noqa: SLF001
+                thin._map(self.number)  # noqa: SLF001
         return thin
 
 
@@ -194,16 +194,17 @@ class ThinDevice:
             DeviceExistsError: The id is active already, or the name is taken.
             TargetRefusedError: The pool has no such id, is suspended, or has failed.
 
-        Cost: four ioctls, and at most two to see that nobody else has the id active, if all devices on the pool are
+        Cost: three ioctls, and at most two to see that nobody else has the id active, if all devices on the pool are
         dmlib's.
         """
-        foreign = self.pool._active_elsewhere(self.thin_id)  # noqa: SLF001 - ours are told by their uuid, see _map
+        pool = self.pool.device.info()
+        foreign = self.pool._active_elsewhere(pool, self.thin_id)  # noqa: SLF001 - ours are told by their uuid, see _map
         if foreign is not None:
             raise DeviceExistsError("activate", self._label(foreign), None)
-        self._map(udev)
+        self._map(pool.number, udev)
 
-    def _map(self, udev: UdevFlags) -> None:
-        table = Table.single(self.size, ThinTarget(self.pool.number, self.thin_id, self.external_origin))
+    def _map(self, pool: ids.DeviceNumber, udev: UdevFlags = UdevFlags.NONE) -> None:
+        table = Table.single(self.size, ThinTarget(pool, self.thin_id, self.external_origin))
         try:
             Device.create(self.name, table, uuid=self.uuid, udev=udev)
         except DeviceExistsError as error:
@@ -342,7 +343,7 @@ class ThinDevice:
                 else:
                     message.task.run()
             if activate:
-                snap._map(UdevFlags.LOW_PRIORITY)  # by-uuid links stay with the origin
+                snap._map(self.pool.number, UdevFlags.LOW_PRIORITY)  # by-uuid links stay with the origin
         return snap
 
     def _make_idle(self, active: DeviceInfo, verb: str, timeout: float | None) -> float | None:
@@ -351,6 +352,7 @@ class ThinDevice:
             raise StateError(self.pool.name, f"is suspended; {verb} would wait for its resume")
         deadline = None if timeout is None else time.monotonic() + timeout
         pool, block_size = self.pool.name, self.pool.data_block_size
+        self.pool.check_writable(verb)  # in a pool that is not, a write-back fails with a bare EIO
         write_back(
             active.number,
             label=active.name,
@@ -361,10 +363,10 @@ class ThinDevice:
         return None if deadline is None else max(0.001, deadline - time.monotonic())
 
     def _take_back(self) -> None:
-        """Undo the making of the thin id, and of its device if it got that far."""
+        """Undo the making of the thin id, and of its device if that got as far as mapping the new id."""
         active = active_by_uuid(self.uuid)
-        if active is not None:
-            Device(active.name).remove()
+        if active and active.name == self.name and is_thin(self.device, self.pool.number, self.thin_id):
+            self.device.remove()
         self.delete()
 
 

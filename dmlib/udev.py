@@ -13,12 +13,11 @@ import enum
 import logging
 import os
 import stat
-import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from dmlib import _ffi, ids
+from dmlib import _ffi, _undo, ids
 from dmlib.errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def set_udev(mode: str = "auto", *, timeout: float = 30.0) -> None:
     global _timeout  # noqa: PLW0603 - libdevmapper's own switch is one per process too
     if mode not in ("auto", "off", "on"):
         raise ArgumentError("mode", mode, "must be auto, off or on")
-    if not (isinstance(timeout, (int, float)) and timeout > 0):
+    if not timeout > 0:
         raise ArgumentError("timeout", timeout, "must be positive")
     lib, _ = _ffi.connect() if mode == "on" else _ffi.load()
     with _ffi.lock:
@@ -101,7 +100,7 @@ class Cookie:
 
     def wait(self, what: str) -> None:
         """Wait until udev has answered, or the time is over; then the cookie is gone either way."""
-        patience = min(_timeout, _PATIENCE_AFTER_INTERRUPT) if _interrupted() else _timeout
+        patience = min(_timeout, _PATIENCE_AFTER_INTERRUPT) if _undo.interrupted() else _timeout
         deadline = time.monotonic() + patience
         pause = _FIRST_PAUSE
         try:
@@ -143,12 +142,6 @@ class Cookie:
             finally:
                 if switched_off:
                     self._lib.dm_udev_set_sync_support(0)
-
-
-def _interrupted() -> bool:
-    """Whether something is being taken back because of Ctrl-C or the like, and somebody waits for that to end."""
-    error = sys.exception()
-    return error is not None and not isinstance(error, Exception)
 
 
 def node_path(name: str) -> str:

@@ -124,8 +124,8 @@ def users_of(number: DeviceNumber) -> list[User]:
                 users.append(User("mount", mount.point, used, view.pid, command))
     users += [User("swap", name, used) for name, used in _swaps() if used in targets]
     for pid in _pids():
-        view = views.get(_view_key(pid))
-        used = _opened_by(pid, view.mounts if view else [], targets)
+        seen_by = views.get(_view_key(pid))
+        used = _opened_by(pid, seen_by.mounts if seen_by else [], targets)
         if used is not None:
             users.append(User("opener", _command(pid), used, pid, _command(pid)))
     return users
@@ -296,7 +296,8 @@ def _view_key(pid: int | str) -> tuple[str, str] | None:
 def _views() -> dict[tuple[str, str] | None, _View]:
     """Return what can be seen of the mounts of all processes, this one's first."""
     views: dict[tuple[str, str] | None, _View] = {}
-    for pid in ("self", *_pids()):
+    everybody: list[int | str] = ["self", *_pids()]
+    for pid in everybody:
         key = _view_key(pid)
         if key is None or key in views:
             continue
@@ -354,13 +355,17 @@ def _command(pid: int) -> str:
     return command if command.isprintable() else ascii(command)
 
 
+def _may_hang(path: str, mounts: list[_Mount]) -> bool:
+    holding = [mount for mount in mounts if path.startswith(mount.point.rstrip("/") + "/")]
+    return max(holding, key=lambda mount: len(mount.point)).fs_type.startswith(_MAY_HANG) if holding else False
+
+
 def _opened_by(pid: int, mounts: list[_Mount], targets: set[DeviceNumber]) -> DeviceNumber | None:
-    """Return which of *targets* a process has open, without looking at files that may hang."""
-    slow = tuple(mount.point.rstrip("/") + "/" for mount in mounts if mount.fs_type.startswith(_MAY_HANG))
     for name in _list(f"/proc/{pid}/fd"):
         link = f"/proc/{pid}/fd/{name}"
         try:
-            if not (target := os.readlink(link)).startswith("/") or (slow and target.startswith(slow)):
+            target = os.readlink(link)
+            if not target.startswith("/") or _may_hang(target, mounts):
                 continue
             status = os.stat(link)
         except OSError:  # closed, or the process is gone

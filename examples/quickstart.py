@@ -41,6 +41,7 @@ from dmlib import (
     ThinPool,
     create_sparse_file,
     driver_version,
+    grow_sparse_file,
     list_devices,
 )
 
@@ -53,8 +54,11 @@ if TYPE_CHECKING:
 BLOCK = KiB(64)
 UNIT = BLOCK.bytes
 EXT4_BLOCK = 4096
+METADATA = MiB(8)
+DATA = MiB(96)
 UDEV_COOKIE = 0x0D4D  # what the keys of libdevmapper's semaphores begin with
 FIBMAP = 1  # linux/fs.h: which block of the device holds a block of a file
+FEW = 16  # blocks, that is 1 MiB
 NOT_COPIED = ("__pycache__", "test", "tests", "idlelib", "site-packages", "dist-packages", "config-*")
 
 
@@ -91,7 +95,7 @@ class Report:
         yield step
         after = self.used()
         step.blocks = after - before
-        print(f"  {what:<66}{before:>5} -> {after:>4} {step.blocks:+5d}", flush=True)
+        print(f"  {what:<58}{before:>5} -> {after:>4} {step.blocks:+6d}", flush=True)
         if takes is not None:
             self.check(f"{what}: blocks taken", step.blocks, takes)
 
@@ -136,6 +140,12 @@ def mounted(device: ThinDevice, folder: str, *options: str) -> Iterator[str]:
     try:
         yield folder
     finally:
+        unmount(folder)
+
+
+def unmount(folder: str) -> None:
+    """Unmount what is mounted on a folder, if anything is."""
+    if os.path.ismount(folder):
         subprocess.run(["umount", folder], check=True)
 
 
@@ -173,7 +183,7 @@ def what_a_write_takes(report: Report) -> None:
         write(disk, MiB(512).bytes, b"!")
     with report.step("write 56 KiB at an aligned offset", takes=1):
         write(disk, MiB(8).bytes, noise(KiB(56).bytes))
-    with report.step("write 64 KiB at offset 4 KiB: it straddles a boundary", takes=2):
+    with report.step("write 64 KiB at offset 4 KiB, across a boundary", takes=2):
         write(disk, KiB(4).bytes, noise(UNIT))
     original = noise(4 * UNIT)
     at = MiB(16).bytes
@@ -183,10 +193,10 @@ def what_a_write_takes(report: Report) -> None:
     with report.step("take a snapshot", takes=0):
         snap = disk.snapshot(1)
     change = noise(KiB(32).bytes)
-    with report.step("write 32 KiB to the snapshot at an aligned offset: one block copied", takes=1):
+    with report.step("write 32 KiB to the snapshot at an aligned offset", takes=1):
         write(snap, at, change)
     straddling = 2 * UNIT - KiB(16).bytes
-    with report.step("write 32 KiB to the snapshot across a boundary: two blocks copied", takes=2):
+    with report.step("write 32 KiB to the snapshot across a boundary", takes=2):
         write(snap, at + straddling, change)
     report.check("the device is untouched", read(disk, at, len(original)) == original, wanted=True)
     expected = bytearray(original)
@@ -224,7 +234,7 @@ def find_in_file(path: Path, misplaced: int) -> int:
 
 def change_file(report: Report, snap: ThinDevice, folder: str, what: str, *, misplaced: int, data: int) -> Step:
     """Overwrite 32 KiB in the middle of the largest file of a snapshot, and show what ext4 puts on top."""
-    with report.step(f"change 32 KiB of a file in {what}") as step, mounted(snap, folder):
+    with report.step(f"change 32 KiB of a file in snapshot {what}") as step, mounted(snap, folder):
         path = Path(folder, largest(folder))
         offset = find_in_file(path, misplaced)
         with path.open("r+b") as file:
@@ -232,16 +242,16 @@ def change_file(report: Report, snap: ThinDevice, folder: str, what: str, *, mis
             file.write(noise(KiB(32).bytes))
     own = step.blocks - data
     print(f"    = {data} for the 32 KiB + {own} of ext4's own: superblock, journal, inode")
-    report.check(f"{what}: ext4 has blocks of its own on top, and few", 1 <= own <= 16, wanted=True)  # noqa: PLR2004
+    report.check(f"{what}: ext4 has blocks of its own on top, and few", 1 <= own <= FEW, wanted=True)
     return step
 
 
 def snapshots_of_files(report: Report, folder: str) -> None:
     """A file system with real files and two snapshots: each is written, none sees what happens to the others."""
     print("\nA file system with Python's standard library on it, and two snapshots")
-    base = report.pool.create_thin(10, GiB(1), name=f"{report.pool.name}-base")
+    base = report.pool.create_thin(10, GiB(1))
     with report.step("mkfs.ext4 on a thin device of 1 GiB"):
-        options = ["-q", "-b", str(EXT4_BLOCK), "-E", "lazy_itable_init=1"]
+        options = ["-q", "-b", str(EXT4_BLOCK), "-E", "lazy_itable_init=1,lazy_journal_init=1"]
         subprocess.run(["mkfs.ext4", *options, base.path], check=True)
     with ExitStack() as stack:
         with report.step("copy the library into it"):
@@ -250,24 +260,29 @@ def snapshots_of_files(report: Report, folder: str) -> None:
             os.sync()
         original = checksums(folder)
         changed = largest(folder)
-        with report.step("take two snapshots while it is mounted", takes=0):
-            snap_a = base.snapshot(11, name=f"{report.pool.name}-a")
-            snap_b = base.snapshot(12, name=f"{report.pool.name}-b")
-    a = change_file(report, snap_a, folder, "snapshot A, at an aligned place", misplaced=0, data=1)
-    change_file(report, snap_b, folder, "snapshot B, across a boundary", misplaced=UNIT - KiB(16).bytes, data=2)
+        with report.step("take a snapshot while it is mounted") as taken:
+            golden = base.snapshot(11)
+        report.check("few blocks for a snapshot of a mounted ext4", 0 <= taken.blocks <= FEW, wanted=True)
+        with report.step("take two snapshots of that one, A and B", takes=0):
+            snap_a = golden.snapshot(12)
+            snap_b = golden.snapshot(13)
+    change_a = change_file(report, snap_a, folder, "A, at an aligned place", misplaced=0, data=1)
+    change_file(report, snap_b, folder, "B, across a boundary", misplaced=UNIT - KiB(16).bytes, data=2)
 
     sums = {}
-    for device in (base, snap_a, snap_b):
+    for device in (base, golden, snap_a, snap_b):
         with mounted(device, folder, "ro"):
-            sums[device.name] = checksums(folder)
-    report.check("files that differ: base now and before", differences(sums[base.name], original), set())
-    report.check("files that differ: A and base", differences(sums[snap_a.name], original), {changed})
-    report.check("files that differ: B and base", differences(sums[snap_b.name], original), {changed})
-    report.check("files that differ: A and B", differences(sums[snap_a.name], sums[snap_b.name]), {changed})
-    print(f"    SHA-256 of {len(original)} files: base as before; A and B differ from it, and each other, in {changed}")
+            sums[device] = checksums(folder)
+    report.check("files that differ: base, now and before", differences(sums[base], original), set())
+    report.check("files that differ: first snapshot and base", differences(sums[golden], original), set())
+    report.check("files that differ: A and base", differences(sums[snap_a], original), {changed})
+    report.check("files that differ: B and base", differences(sums[snap_b], original), {changed})
+    report.check("files that differ: A and B", differences(sums[snap_a], sums[snap_b]), {changed})
+    print(f"    SHA-256 of {len(original)} files: the first two are as they were; A and B differ,")
+    print(f"    from them and each other, in {os.path.basename(changed)} alone")
 
     snap_a.deactivate()
-    with report.step("delete snapshot A: what it alone had comes back", takes=-a.blocks):
+    with report.step("delete snapshot A: what it alone had comes back", takes=-change_a.blocks):
         snap_a.delete()
 
 
@@ -280,21 +295,23 @@ def grow_under_a_writer(report: Report, data: LoopDevice) -> None:
     beyond = MiB(16) // BLOCK
     blocks = before.free_data.count + beyond
     content = noise(blocks * UNIT)
-    with report.step(f"write {blocks} blocks, {beyond} more than are free", takes=blocks):
-        with ThreadPoolExecutor(1) as executor, ExitStack() as stack:
-            writer = executor.submit(write, disk, 0, content)
-            # If anything fails below, let the queued writes fail too: nothing else would end the writer.
-            stack.callback(lambda: writer.done() or pool.reconfigure(error_if_no_space=True))
-            full = wait_until_full(pool, writer)
-            report.check("blocks left in the full pool", full.free_data.count, 0)
-            report.check("the write is done", writer.done(), wanted=False)
-            since = time.monotonic()
-            time.sleep(0.5)
-            report.check("the write is done half a second later", writer.done(), wanted=False)
-            data.grow(data.size + MiB(32))
-            pool.grow_data()
-            writer.result(timeout=30)
-            waited = time.monotonic() - since
+    with ExitStack() as stack:
+        stack.enter_context(report.step(f"write {blocks} blocks, {beyond} more than are free", takes=blocks))
+        executor = stack.enter_context(ThreadPoolExecutor(1))
+        writer = executor.submit(write, disk, 0, content)
+        # If anything fails below, let the queued writes fail too: nothing else would end the writer.
+        stack.callback(release, pool, writer)
+        full = wait_until_full(pool, writer)
+        report.check("blocks left in the full pool", full.free_data.count, 0)
+        report.check("the write is done", writer.done(), wanted=False)
+        since = time.monotonic()
+        time.sleep(0.5)
+        report.check("the write is done half a second later", writer.done(), wanted=False)
+        grow_sparse_file(data.status().backing_file, data.size + MiB(32))
+        data.refresh_size()
+        pool.grow_data()
+        writer.result(timeout=30)
+        waited = time.monotonic() - since
     after = pool.status()
     print(f"    full at {full.total_data.count} blocks the pool was {full.mode.value} and the write waited;")
     print(
@@ -303,6 +320,12 @@ def grow_under_a_writer(report: Report, data: LoopDevice) -> None:
     report.check("mode after growing", after.mode, PoolMode.READ_WRITE)
     report.check("blocks after growing", after.total_data - before.total_data, DataBlocks(MiB(32) // BLOCK))
     report.check("all that was written is there", read(disk, 0, len(content)) == content, wanted=True)
+
+
+def release(pool: ThinPool, writer: Future[None]) -> None:
+    """Let the writes that wait for space fail, if there are any."""
+    if not writer.done():
+        pool.reconfigure(error_if_no_space=True)
 
 
 def wait_until_full(pool: ThinPool, writer: Future[None]) -> ThinPoolStatus:
@@ -360,18 +383,20 @@ def check_nothing_left(before: Traces, folder: str) -> None:
 def play(folder: str) -> int:
     """Build everything in a folder, show it, and take it down; return how many figures were checked."""
     files = os.path.join(folder, "metadata"), os.path.join(folder, "data")
-    os.mkdir(os.path.join(folder, "mount"))
+    mount_point = os.path.join(folder, "mount")
+    os.mkdir(mount_point)
     with ExitStack() as stack:
-        for file, size in zip(files, (MiB(8), MiB(128)), strict=True):
+        for file, size in zip(files, (METADATA, DATA), strict=True):
             create_sparse_file(file, size)
         metadata, data = (stack.enter_context(LoopDevice.temporary(file)) for file in files)
         pool = stack.enter_context(ThinPool.temporary(metadata=metadata, data=data, data_block_size=BLOCK))
         status = pool.status()
         print(f"{pool.name}: {status.total_data.count} blocks of {BLOCK} on {data.path}, mappings on {metadata.path}")
-        print(f"{'':<68}blocks in use, change")
+        print(f"{'blocks in use, change':>80}")
         report = Report(pool)
         what_a_write_takes(report)
-        snapshots_of_files(report, os.path.join(folder, "mount"))
+        stack.callback(unmount, mount_point)  # in case that Ctrl-C hits while something is being (un)mounted
+        snapshots_of_files(report, mount_point)
         grow_under_a_writer(report, data)
     return report.checked
 

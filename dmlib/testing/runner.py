@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
     Attributes:
         backend: The kind of guest; None means directly on this machine.
-        reason: Why, in words that end a sentence.
+        reason: Why, in words that go on after a colon.
     """
 
     backend: Backend | None
@@ -46,11 +46,11 @@ def choose(job: Job, on: str = "auto") -> Choice:
     backends: dict[str, type[Backend]] = {"uml": UserModeLinux, "qemu": Qemu}
     if on == "direct":
         direct.check(job)
-        return Choice(None, "as asked")
+        return Choice(None, "as asked.")
     if on in backends:
         backend = backends[on]()
         backend.check(job)
-        return Choice(backend, "as asked")
+        return Choice(backend, "as asked.")
     if on != "auto":
         raise ValueError(f"on must be one of {', '.join(WAYS)}, not {on!r}")
     reasons = []
@@ -59,7 +59,7 @@ def choose(job: Job, on: str = "auto") -> Choice:
     except GuestUnavailableError as error:
         reasons.append(str(error))
     else:
-        return Choice(None, "root may use this kernel's driver")
+        return Choice(None, "root may use this kernel's driver.")
     for kind in backends.values():
         backend = kind()
         try:
@@ -67,7 +67,7 @@ def choose(job: Job, on: str = "auto") -> Choice:
         except GuestUnavailableError as error:
             reasons.append(str(error))
         else:
-            return Choice(backend, reasons[-1].rstrip("."))
+            return Choice(backend, reasons[-1][0].lower() + reasons[-1][1:])
     raise GuestUnavailableError(" ".join(reasons[1:]))
 
 
@@ -122,7 +122,7 @@ def run(
     backend, reason = choose(job, on)
     if announce:
         where = "directly on this kernel" if backend is None else f"in a guest ({backend.name})"
-        print(f"dmlib.testing: running {where}: {reason}.", file=sys.stderr, flush=True)
+        print(f"dmlib.testing: running {where}: {reason}", file=sys.stderr, flush=True)
     if backend is None:
         return direct.run(job, stdout=stdout, stderr=stderr)
     try:

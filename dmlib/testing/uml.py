@@ -61,4 +61,4 @@ class UserModeLinux(Backend):
             *(f"ssl{number}=null,fd:{fd}" for number, fd in enumerate(serials) if fd is not None),
         ]
         # No TMPDIR: the guest's memory is a deleted file, on /dev/shm if it may choose and not on a disk.
-        return Launch(argv=argv, env={"HOME": folder, "PATH": os.environ.get("PATH", os.defpath)}, boot_time=60)
+        return Launch(argv=argv, env={"HOME": folder, "PATH": os.environ.get("PATH", os.defpath)}, boot_time=120)

@@ -125,9 +125,7 @@ class TestCreate:
         """A regular file where a block device is wanted is refused, by the name of its argument."""
         (tmp_path / "file").write_bytes(bytes(1 << 20))
         with pytest.raises(ArgumentError, match="must be a block device") as refusal:
-            ThinPool.create(
-                unique_name(), **{**devices, field: tmp_path / "file"}, data_block_size=KiB(64)
-            )
+            ThinPool.create(unique_name(), **{**devices, field: tmp_path / "file"}, data_block_size=KiB(64))
         assert refusal.value.field == field
 
 
@@ -216,15 +214,17 @@ class TestTemporary:
 
     def test_also_after_an_exception(self, devices, sh):
         """An exception passes through unchanged, and the pool is gone."""
-        error = RuntimeError("of the body")
-        with (
-            pytest.raises(RuntimeError) as caught,
-            ThinPool.temporary(**devices, data_block_size=KiB(64)) as pool,
-        ):
-            pool.create_thin(0, MiB(4))
-            raise error
-        assert caught.value is error
-        assert pool.name not in sh("dmsetup ls")
+        made = []
+
+        def body():
+            with ThinPool.temporary(**devices, data_block_size=KiB(64)) as pool:
+                made.append(pool.create_thin(0, MiB(4)))
+                raise RuntimeError("of the body")
+
+        with pytest.raises(RuntimeError, match="of the body"):
+            body()
+        assert made
+        assert made[0].pool.name not in sh("dmsetup ls")
 
     def test_taken_down_by_the_body(self, devices):
         """A block that takes its pool down itself ends well."""

@@ -66,7 +66,8 @@ class TestDataBlockSize:
     def test_good(self, loop_device, unique_name, sh, size):
         """The smallest, the largest and odd multiples of 64 KiB work; the superblock has the size."""
         metadata, data = loop_device(MiB(4)), loop_device(GiB(2))
-        pool = ThinPool.create(unique_name(), metadata=metadata, data=data, data_block_size=size)
+        sizes = {"data_block_size": size, "zero_new_blocks": size < MiB(1)}  # not a GiB of zeros
+        pool = ThinPool.create(unique_name(), metadata=metadata, data=data, **sizes)
         thin = pool.create_thin(0, GiB(1))
         with open(thin.path, "r+b", buffering=0) as device:
             device.write(b"x")
@@ -263,12 +264,12 @@ class TestTransactionId:
             assert sh(f"dmsetup status {pool.name}").split()[3] == str(new)
             now = new
 
-    def test_on_disk(self, pool, backing, sh):
+    def test_on_disk(self, pool, backing, loop_device, sh):
         """When the call returns, the id is on the metadata device."""
         pool.set_transaction_id(0, U64_MAX)
-        copy = backing[0].file.with_name("copy")
-        copy.write_bytes(backing[0].file.read_bytes())
-        assert f'transaction="{U64_MAX}"' in sh(f"thin_dump {copy}")
+        copy = loop_device(MiB(4))
+        copy.file.write_bytes(backing[0].file.read_bytes())
+        assert f'transaction="{U64_MAX}"' in sh(f"thin_dump {copy.path}")
 
     @pytest.mark.parametrize(("field", "pair"), [("current", (-1, 1)), ("new", (0, 1 << 64)), ("new", (0, -1))])
     def test_beyond(self, pool, field, pair):

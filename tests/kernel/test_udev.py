@@ -69,14 +69,14 @@ def link(name):
 
 @pytest.fixture
 def short_wait():
-    """Verbs wait one second for udev."""
-    set_udev(timeout=1)
-    yield 1.0
+    """Verbs wait half a second for udev."""
+    set_udev(timeout=0.5)
+    yield
     set_udev()
 
 
 @pytest.fixture
-def udevd_stopped(short_wait):
+def udevd_stopped(short_wait):  # noqa: ARG001 - for its effect
     """The real udevd, not scheduled; it goes on afterwards."""
     settle()
     pids = udevd_pids()
@@ -90,7 +90,7 @@ def udevd_stopped(short_wait):
 
 
 @pytest.fixture
-def udevd_killed(short_wait):
+def udevd_killed(short_wait):  # noqa: ARG001 - for its effect
     """No udevd, though its socket is still there; a new one is started afterwards."""
     settle()
     for pid in (*udevd_pids(), *workers()):
@@ -170,7 +170,7 @@ def test_resume_and_uuid_are_known_to_udev(unique_name):
 @with_udev
 @pytest.mark.parametrize(("flags", "probed"), [(UdevFlags.NONE, True), (UdevFlags.PRIVATE, False)])
 def test_a_private_device_is_not_probed(loop_device, unique_name, flags, probed, sh):
-    """udev runs blkid on a device unless it was asked for privacy."""
+    """The rules of udev run blkid on a device unless it was asked for privacy."""
     loop = loop_device(MiB(4))
     sh(f"mkfs.ext4 -q {loop.path}")
     device = Device.create(unique_name(), Table.single(MiB(4), Linear(loop.number, Sectors(0))), udev=flags)
@@ -215,7 +215,8 @@ print(os.path.lexists(other.path))
 
 
 @pytest.mark.parametrize(
-    ("env", "setting"), [({"DM_DISABLE_UDEV": "1"}, ""), ({}, "set_udev('off')"), ({"DM_DISABLE_UDEV": "1"}, "set_udev()")]
+    ("env", "setting"),
+    [({"DM_DISABLE_UDEV": "1"}, ""), ({}, "set_udev('off')"), ({"DM_DISABLE_UDEV": "1"}, "set_udev()")],
 )
 def test_the_library_makes_nodes_where_udev_is_off(unique_name, env, setting):
     """With DM_DISABLE_UDEV=1 or set_udev("off") the node follows the device without udev and without cookies."""
@@ -250,8 +251,6 @@ def test_udev_can_be_insisted_on():
         ("auto", 0, "timeout"),
         ("auto", -1, "timeout"),
         ("auto", float("nan"), "timeout"),
-        ("auto", "1", "timeout"),
-        ("auto", None, "timeout"),
     ],
 )
 def test_bad_settings_change_nothing(mode, timeout, field):
@@ -294,7 +293,7 @@ def check_unanswered(name, caplog):
     with caplog.at_level(logging.WARNING, "dmlib.udev"):
         lifecycle(name, steps)
     assert semaphores() == before
-    assert all(1 <= seconds < 1.9 for _, seconds in steps), steps
+    assert all(0.5 <= seconds < 1.5 for _, seconds in steps), steps
     warnings = [record.getMessage() for record in caplog.records if record.name == "dmlib.udev"]
     assert [text.split(":")[0] for text in warnings] == [
         f"resume {name}",
@@ -302,7 +301,7 @@ def check_unanswered(name, caplog):
         f"rename {name}",
         f"remove {name}-renamed",
     ]
-    assert all("cookie 0xd4d" in text and "within 1 s" in text for text in warnings)
+    assert all("cookie 0xd4d" in text and "within 0.5 s" in text for text in warnings)
 
 
 @with_udev
@@ -353,7 +352,7 @@ def test_a_node_that_cannot_be_made_is_an_error_and_no_device_stays(unique_name)
     finally:
         path.rmdir()
     assert caught.value.device == name
-    assert caught.value.timeout == 1
+    assert caught.value.timeout == 0.5
     assert caught.value.cookie >> 16 == 0xD4D
     assert str(path) in caught.value.problem
     assert semaphores() == before
@@ -408,10 +407,10 @@ def test_udev_can_be_switched_off_while_somebody_waits(unique_name):
     waiter.start()
     while len(semaphores()) == len(before):
         time.sleep(0.01)
-    set_udev("off", timeout=1)
+    set_udev("off", timeout=0.5)
     waiter.join(5)
     ended = not waiter.is_alive()
-    set_udev(timeout=1)
+    set_udev(timeout=0.5)
     assert ended
     assert semaphores() == before
     assert stat.S_ISBLK(os.stat(f"/dev/mapper/{name}").st_mode)
