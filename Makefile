@@ -34,7 +34,7 @@ test:
 lint:
 	@tools/setup test
 	$(PYTHON) -m ruff check
-	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m ruff format --check --exclude "*.md"
 
 types:
 	@tools/setup test

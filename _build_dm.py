@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
 import cffi
 
@@ -22,6 +23,14 @@ FLOOR = (1, 2, 175)
 PACKAGES = (
     "Debian/Ubuntu: apt install gcc pkg-config libdevmapper-dev; Fedora: dnf install gcc pkgconf device-mapper-devel"
 )
+
+# What the shim is told about one device that is to be suspended; said to cffi and to C from one text.
+HOLD = """
+    struct dmlib_hold {
+        struct dm_task *suspend, *resume, *clear, *restore, *resume_restored;
+        int suspended, resumed, cleared, restored, resumed_restored;
+    };
+"""
 
 CDEF = {
     "task": """
@@ -72,6 +81,8 @@ CDEF = {
     """,
     "library": """
         int dm_get_library_version(char *version, size_t size);
+        typedef enum { DM_STRING_MANGLING_AUTO, ... } dm_string_mangling_t;
+        int dm_set_name_mangling_mode(dm_string_mangling_t name_mangling_mode);
         const char *dm_dir(void);
         int dm_set_dev_dir(const char *dir);
         void dm_hold_control_dev(int hold_open);
@@ -89,11 +100,8 @@ CDEF = {
         void dm_udev_set_sync_support(int sync_with_udev);
         int dm_udev_get_sync_support(void);
     """,
+    "hold": HOLD,
     "shim": """
-        struct dmlib_hold {
-            struct dm_task *suspend, *resume, *clear, *restore, *resume_restored;
-            int suspended, resumed, cleared, restored, resumed_restored;
-        };
         const char *dmlib_version(void);
         void dmlib_log_install(void);
         void dmlib_log_threshold(int level);
@@ -123,6 +131,7 @@ SHIM = r"""
 #include <unistd.h>
 #include <libdevmapper.h>
 
+@HOLD@
 static const char *dmlib_version(void) { return DMLIB_VERSION; }
 
 /*
@@ -228,14 +237,10 @@ static void dmlib_cookie_discard(uint32_t cookie)
 }
 
 static int dmlib_syncfs(int fd) { return syncfs(fd) ? errno : 0; }
-"""
-# The struct is declared to cffi above and to C here, from one text.
-SHIM = SHIM.replace(
-    "enum { GATE_OPEN", re.search(r"struct dmlib_hold \{.*?\};", CDEF["shim"], re.DOTALL)[0] + "\n\nenum { GATE_OPEN"
-)
+""".replace("@HOLD@", HOLD)
 
 
-def _stop(problem: str) -> None:
+def _stop(problem: str) -> NoReturn:
     raise SystemExit(f"dmlib cannot be built: {problem}. {PACKAGES}")
 
 

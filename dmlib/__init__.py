@@ -7,6 +7,8 @@ Importing dmlib opens nothing, needs no privilege and no driver, and loads a mod
 
 TYPE_CHECKING = False  # what typing's is to type checkers, without the cost of importing typing
 if TYPE_CHECKING:
+    from typing import Any
+
     from dmlib.device import Device as Device
     from dmlib.driver import ListedDevice as ListedDevice
     from dmlib.driver import driver_version as driver_version
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from dmlib.errors import UnsupportedError as UnsupportedError
     from dmlib.ids import DeviceNumber as DeviceNumber
     from dmlib.loop import LoopDevice as LoopDevice
+    from dmlib.loop import LoopOptions as LoopOptions
+    from dmlib.loop import LoopStatus as LoopStatus
     from dmlib.loop import create_sparse_file as create_sparse_file
     from dmlib.loop import grow_sparse_file as grow_sparse_file
     from dmlib.table import Segment as Segment
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from dmlib.targets import ThinTarget as ThinTarget
     from dmlib.targets import ThinUnbound as ThinUnbound
     from dmlib.targets import Zero as Zero
+    from dmlib.targets.thin import recommended_metadata_size as recommended_metadata_size
     from dmlib.task import DeviceInfo as DeviceInfo
     from dmlib.task import Operation as Operation
     from dmlib.task import Result as Result
@@ -84,115 +89,45 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _ROOMS = {
-    "units": (
-        "DataBlocks",
-        "GiB",
-        "KiB",
-        "MetaBlocks",
-        "MiB",
-        "Sectors",
-        "Size",
-        "TiB",
-        "format_bytes",
-    ),
-    "ids": ("DeviceNumber",),
+    "units": "DataBlocks GiB KiB MetaBlocks MiB Sectors Size TiB format_bytes",
+    "ids": "DeviceNumber",
     "errors": (
-        "ArgumentError",
-        "CleanupError",
-        "DeviceBusyError",
-        "DeviceExistsError",
-        "DeviceNotFoundError",
-        "DmError",
-        "DriverUnavailableError",
-        "OutOfDataSpaceError",
-        "OutOfMetadataSpaceError",
-        "ParseError",
-        "PermissionDeniedError",
-        "PoolError",
-        "PoolFailedError",
-        "PoolNeedsCheckError",
-        "PoolReadOnlyError",
-        "StateError",
-        "SuspendTimeoutError",
-        "TargetRefusedError",
-        "TaskError",
-        "UdevTimeoutError",
-        "UnsupportedError",
+        "ArgumentError CleanupError DeviceBusyError DeviceExistsError DeviceNotFoundError DmError "
+        "DriverUnavailableError OutOfDataSpaceError OutOfMetadataSpaceError ParseError PermissionDeniedError "
+        "PoolError PoolFailedError PoolNeedsCheckError PoolReadOnlyError StateError SuspendTimeoutError "
+        "TargetRefusedError TaskError UdevTimeoutError UnsupportedError"
     ),
     "targets": (
-        "DiscardMode",
-        "EmptyStatus",
-        "Error",
-        "Linear",
-        "PoolMode",
-        "RawStatus",
-        "RawTarget",
-        "StatusUnavailable",
-        "Stripe",
-        "Striped",
-        "StripedStatus",
-        "ThinFailed",
-        "ThinPoolFailed",
-        "ThinPoolStatus",
-        "ThinPoolTarget",
-        "ThinStatus",
-        "ThinTarget",
-        "ThinUnbound",
-        "Zero",
+        "DiscardMode EmptyStatus Error Linear PoolMode RawStatus RawTarget StatusUnavailable Stripe Striped "
+        "StripedStatus ThinFailed ThinPoolFailed ThinPoolStatus ThinPoolTarget ThinStatus ThinTarget "
+        "ThinUnbound Zero"
     ),
-    "table": (
-        "Segment",
-        "StatusSegment",
-        "Table",
-    ),
-    "task": (
-        "DeviceInfo",
-        "Operation",
-        "Result",
-        "Task",
-    ),
-    "udev": (
-        "UdevFlags",
-        "set_udev",
-    ),
-    "driver": (
-        "ListedDevice",
-        "driver_version",
-        "library_version",
-        "list_devices",
-        "target_versions",
-    ),
-    "device": ("Device",),
-    "loop": (
-        "LoopDevice",
-        "create_sparse_file",
-        "grow_sparse_file",
-    ),
-    "usage": (
-        "User",
-        "users_of",
-    ),
-    "thin": (
-        "PoolFeatures",
-        "ThinDevice",
-        "ThinPool",
-    ),
+    "table": "Segment StatusSegment Table",
+    "task": "DeviceInfo Operation Result Task",
+    "udev": "UdevFlags set_udev",
+    "driver": "ListedDevice driver_version library_version list_devices target_versions",
+    "device": "Device",
+    "loop": "LoopDevice LoopOptions LoopStatus create_sparse_file grow_sparse_file",
+    "usage": "User users_of",
+    "thin": "PoolFeatures ThinDevice ThinPool",
+    "targets.thin": "recommended_metadata_size",
 }
-_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - they are strings
 
+if not TYPE_CHECKING:  # type checkers see the imports above, and so a name that is not there
 
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    from importlib import import_module  # noqa: PLC0415 - only once something is used
+    def __getattr__(name: str) -> "Any":
+        home = _HOMES.get(name)
+        if home is None:
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        from importlib import import_module  # noqa: PLC0415 - only once something is used
 
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -51,6 +51,7 @@ class Library(Protocol):
     DM_DEVICE_MKNODES: int
     DM_DEVICE_LIST_VERSIONS: int
     DM_DEVICE_TARGET_MSG: int
+    DM_STRING_MANGLING_AUTO: int
     DM_ADD_NODE_ON_RESUME: int
     DM_ADD_NODE_ON_CREATE: int
     DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG: int
@@ -86,6 +87,7 @@ class Library(Protocol):
         self, task: TaskPtr, following: object, start: Struct, length: Struct, type_: Struct, params: Struct, /
     ) -> object: ...
     def dm_get_library_version(self, version: CString, size: int, /) -> int: ...
+    def dm_set_name_mangling_mode(self, mode: int, /) -> int: ...
     def dm_dir(self) -> CString: ...
     def dm_set_dev_dir(self, directory: bytes, /) -> int: ...
     def dm_hold_control_dev(self, hold: int, /) -> None: ...
@@ -163,6 +165,8 @@ def _load() -> tuple[Library, Any]:
         raise UnsupportedError(f"dmlib {dmlib.__version__}", need, f"that of dmlib {version}")
     lib.dmlib_log_install()
     lib.dm_hold_control_dev(1)  # a library that closes it would pull it from under a blocked thread
+    # dmlib.ids checks names by this rule; DM_DEFAULT_NAME_MANGLING_MODE in the environment could set another one.
+    lib.dm_set_name_mangling_mode(lib.DM_STRING_MANGLING_AUTO)
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_after_fork)
     atexit.register(lib.dmlib_log_threshold, 0)
     lib.dmlib_log_clear()

@@ -76,7 +76,7 @@ def since(mark: int) -> tuple[str, ...]:
     """Return the device-mapper lines that were logged after *mark*; empty where the log cannot be read."""
     with _lock:
         _drain()
-        return tuple(text for number, text in _lines if number > mark)
+        return tuple(text for number, text in tuple(_lines) if number > mark)
 
 
 def forget() -> None:

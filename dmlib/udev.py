@@ -100,11 +100,13 @@ class Cookie:
 
     def wait(self, what: str) -> None:
         """Wait until udev has answered, or the time is over; then the cookie is gone either way."""
+        if not self._cell[0]:
+            return
         patience = min(_timeout, _PATIENCE_AFTER_INTERRUPT) if _undo.interrupted() else _timeout
         deadline = time.monotonic() + patience
         pause = _FIRST_PAUSE
         try:
-            while self._cell[0] and not self._answered():
+            while not self._answered():
                 if time.monotonic() > deadline:
                     self.timed_out = self._cell[0]
                     break

@@ -136,7 +136,9 @@ def noise(length: int) -> bytes:
 @contextmanager
 def mounted(device: ThinDevice, folder: str, *options: str) -> Iterator[str]:
     """Mount a device for the length of a ``with`` block; unmounting writes back all that is dirty."""
-    subprocess.run(["mount", "-o", ",".join(("noatime", *options)), device.path, folder], check=True)
+    # ext4 would write inode tables in the background, whenever it has the time; no figure would be certain then.
+    words = ",".join(("noatime", "noinit_itable", *options))
+    subprocess.run(["mount", "-o", words, device.path, folder], check=True)
     try:
         yield folder
     finally:
@@ -255,7 +257,7 @@ def snapshots_of_files(report: Report, folder: str) -> None:
         subprocess.run(["mkfs.ext4", *options, base.path], check=True)
     with ExitStack() as stack:
         with report.step("copy the library into it"):
-            stack.enter_context(mounted(base, folder, "noinit_itable"))
+            stack.enter_context(mounted(base, folder))
             copy_python(folder)
             os.sync()
         original = checksums(folder)

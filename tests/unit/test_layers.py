@@ -37,7 +37,9 @@ FLOORS = (
     {"blockdev"},
     {"loop"},
     {"device"},
-    {"_pool", "_quiesce"},
+    {"_active", "_quiesce"},
+    {"_pool"},
+    {"_pool_life"},
     {"thin"},
 )
 PURE = {"errors", "units", "ids", "table"}

@@ -14,6 +14,7 @@ from dmlib.targets import RawTarget, ThinPoolTarget, ThinTarget, parse_target
 from dmlib.targets.thin import (
     METADATA_MAX,
     METADATA_MIN,
+    METADATA_RECOMMENDED_MIN,
     check_data_block_size,
     check_metadata_size,
     recommended_metadata_size,
@@ -291,9 +292,9 @@ def test_metadata_limits():
     [
         (GiB(100), KiB(64), Sectors.from_bytes(100 * 16384 * 48)),
         (TiB(1), KiB(64), MiB(768)),
-        (TiB(1), GiB(1), METADATA_MIN),
-        (Sectors(1), KiB(64), METADATA_MIN),
-        (Sectors(0), KiB(64), METADATA_MIN),
+        (TiB(1), GiB(1), METADATA_RECOMMENDED_MIN),
+        (Sectors(1), KiB(64), METADATA_RECOMMENDED_MIN),
+        (Sectors(0), KiB(64), METADATA_RECOMMENDED_MIN),
         (TiB(1000), KiB(64), METADATA_MAX),
         ("100GiB", "512KiB", Sectors.from_bytes(100 * 2048 * 48)),
     ],
@@ -309,10 +310,10 @@ def test_recommended_metadata_size_is_enough(count, blocks):
     data, block = Sectors(count), KiB(64) * blocks
     size = recommended_metadata_size(data, block)
     wanted = -(-count // block.count) * 48
-    assert METADATA_MIN <= size <= METADATA_MAX
+    assert METADATA_RECOMMENDED_MIN <= size <= METADATA_MAX
     assert size.count % 8 == 0
     assert size.bytes >= wanted or size == METADATA_MAX
-    assert size.bytes < wanted + 4096 or size == METADATA_MIN
+    assert size.bytes < wanted + 4096 or size == METADATA_RECOMMENDED_MIN
 
 
 def test_recommended_metadata_size_checks_its_arguments():
