@@ -194,7 +194,8 @@ static int dmlib_gate_abandon(int *gate) { return gate_move(gate, GATE_ABANDONED
  * Suspend devices in order, send messages, resume in reverse: all prepared, nothing allocated, no Python. Only a
  * suspend can take long. Whoever waits may give up until the last one is through; a section given up sends
  * nothing, drops the tables that were to be swapped in, and resumes. When the kernel refuses to resume with a new
- * table, the old one is put back: otherwise the device would stay suspended.
+ * table, the old one is put back: otherwise the device would stay suspended. A suspend that fails without an errno
+ * may have been carried out (libdevmapper could not read the answer), so it is followed by a resume as well.
  */
 static void dmlib_section(struct dmlib_hold *hold, int holds, struct dm_task **message, int *sent, int messages,
                           int keep_suspended, int *gate, uint64_t *held_ns)
@@ -214,7 +215,7 @@ static void dmlib_section(struct dmlib_hold *hold, int holds, struct dm_task **m
     for (i = 0; ok && passed && i < messages; i++)
         ok = run(message[i], &sent[i]);
     for (i = holds; i-- > 0; ) {
-        if (hold[i].suspended != 1 || (keep_suspended && ok && passed))
+        if ((hold[i].suspended != 1 && hold[i].suspended != -1) || (keep_suspended && ok && passed))
             continue;
         if (!(ok && passed))
             run(hold[i].clear, &hold[i].cleared);

@@ -167,7 +167,6 @@ def _load() -> tuple[Library, Any]:
     lib.dm_hold_control_dev(1)  # a library that closes it would pull it from under a blocked thread
     # dmlib.ids checks names by this rule; DM_DEFAULT_NAME_MANGLING_MODE in the environment could set another one.
     lib.dm_set_name_mangling_mode(lib.DM_STRING_MANGLING_AUTO)
-    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_after_fork)
     atexit.register(lib.dmlib_log_threshold, 0)
     lib.dmlib_log_clear()
     return lib, ffi
@@ -185,6 +184,10 @@ def _after_fork() -> None:
     _ready = False
     _kmsg.forget()
     lock.release()
+
+
+# Here and not in _load: another thread may be in there, with the lock, as the process forks.
+os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_after_fork)
 
 
 def connect() -> tuple[Library, Any]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
 
 from dmlib import _ffi, blockdev, ids
 from dmlib.errors import OutOfDataSpaceError, SuspendTimeoutError, from_task
@@ -22,7 +24,7 @@ from dmlib.units import DataBlocks, Sectors
 from dmlib.usage import mount_points, stacked_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from dmlib.targets.thin_pool import ThinPoolStatus
 
@@ -30,6 +32,51 @@ MARGIN: Final = DataBlocks(8)
 """Blocks that must be free beyond what is dirty: a freeze writes a journal and a superblock of its own."""
 
 _LOOK_EVERY: Final = 1.0
+
+
+class _Turns:
+    """A lock for each device that is to be suspended, for as long as somebody has it or waits for it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+
+    def lock_of(self, uuid: str) -> threading.Lock:
+        with self._guard:
+            lock = self._locks.get(uuid)
+            if lock is None:
+                lock = self._locks[uuid] = threading.Lock()
+            return lock
+
+
+_turns = _Turns()
+
+
+def _after_fork() -> None:
+    global _turns  # noqa: PLW0603 - threads that had their turn do not exist in the child
+    _turns = _Turns()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def turn(uuid: str, label: str, timeout: float | None) -> Iterator[None]:
+    """
+    Let the threads of this process suspend a device one after the other.
+
+    A second one would take the first one's suspend for the caller's own, or be refused by the kernel.
+
+    Raises:
+        SuspendTimeoutError: The turn did not come; nothing was done.
+    """
+    lock = _turns.lock_of(uuid)
+    if not lock.acquire(timeout=-1 if timeout is None else timeout):
+        raise SuspendTimeoutError(label, timeout or 0.0)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_back(device: ids.DeviceNumber, *, label: str, timeout: float | None, look: Callable[[], object]) -> None:

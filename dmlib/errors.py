@@ -142,7 +142,8 @@ class TaskError(DmError, OSError):
     Attributes:
         operation: The verb, as ``dmsetup`` names it (``create``, ``load``, ``message`` ...).
         device: Name, uuid or number by which the device was addressed.
-        errno: The kernel's error number; ``None`` if the failure came before the ioctl.
+        errno: The kernel's error number; ``None`` if the failure was libdevmapper's own: before the ioctl or, with a
+            foreign device whose stored name or uuid it cannot read, after it.
         log: libdevmapper's own warnings and errors of this call.
         kernel_log: What the kernel logged about device mapper meanwhile. Other processes may have
             caused some of it; it is for people and is never parsed.
@@ -159,7 +160,7 @@ class TaskError(DmError, OSError):
         log: Sequence[str] = (),
         kernel_log: Sequence[str] = (),
     ) -> None:
-        OSError.__init__(self, errno or None, os.strerror(errno) if errno else "failed before the ioctl")
+        OSError.__init__(self, errno or None, os.strerror(errno) if errno else "failed in libdevmapper")
         self.operation = operation
         self.device = device
         self.log = tuple(log)
@@ -334,6 +335,7 @@ _TARGET_VERBS = frozenset({"load", "resume", "message"})
 _REFUSALS = frozenset(
     {
         _errno.EINVAL,
+        _errno.EPERM,  # a read-only pool that would have to be formatted; for want of a capability it is EACCES
         _errno.ENODATA,
         _errno.EEXIST,
         _errno.EOPNOTSUPP,
@@ -361,8 +363,8 @@ def from_task(
         cls = DeviceNotFoundError
     elif errno == _errno.EBUSY:
         cls = DeviceExistsError if operation in _NAMING_VERBS else DeviceBusyError
-    elif errno in (_errno.EACCES, _errno.EPERM):
-        cls = PermissionDeniedError
     elif errno in _REFUSALS and operation in _TARGET_VERBS:
         cls = TargetRefusedError
+    elif errno in (_errno.EACCES, _errno.EPERM):
+        cls = PermissionDeniedError
     return cls(operation, device, errno, log=log, kernel_log=kernel_log)

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from dmlib import _ffi, _kmsg, ids
-from dmlib.errors import DeviceNotFoundError, StateError, TaskError, UdevTimeoutError, from_task
+from dmlib.errors import (
+    DeviceNotFoundError,
+    StateError,
+    TargetRefusedError,
+    TaskError,
+    UdevTimeoutError,
+    from_task,
+)
 from dmlib.udev import Cookie, UdevFlags, node_problem, udev_timeout
 
 if TYPE_CHECKING:
@@ -56,6 +63,13 @@ _UEVENT: Final = frozenset({Operation.REMOVE, Operation.RESUME, Operation.RENAME
 _LOCKED: Final = frozenset(
     {Operation.CREATE, Operation.REMOVE, Operation.RENAME, Operation.SET_UUID, Operation.MKNODES}
 )
+# What an operation needs beyond an address; no other takes it.
+_NEEDS: Final = {
+    Operation.LOAD: "targets",
+    Operation.RENAME: "new",
+    Operation.SET_UUID: "new",
+    Operation.MESSAGE: "message",
+}
 # libdevmapper calls a missing device a success here.
 _ABSENCE_UNSEEN: Final = frozenset({Operation.INFO, Operation.STATUS})
 _ASKS_TARGET: Final = frozenset({Operation.LOAD, Operation.RESUME, Operation.MESSAGE})
@@ -151,7 +165,7 @@ class Task:
 
     Raises:
         ArgumentError: A name, uuid or target type that the kernel cannot take.
-        StateError: No way of addressing, or more than one.
+        StateError: No way of addressing, or more than one; something that the operation needs or does not take.
     """
 
     __slots__ = (
@@ -191,9 +205,14 @@ class Task:
         udev: UdevFlags = UdevFlags.NONE,
     ) -> None:
         ways = (name is not None) + (uuid is not None) + (number is not None)
+        targets = tuple(targets)
         takes_uuid = operation is Operation.CREATE and name is not None and number is None
         if ways != (operation in _HAS_INFO) and not (ways > 1 and takes_uuid):
             raise StateError(f"task {operation.value}", "address one device, in one way: name, uuid or number")
+        for field, given in (("targets", bool(targets)), ("new", new is not None), ("message", message is not None)):
+            if given != (_NEEDS.get(operation) == field):
+                rule = f"does not take {field}" if given else f"needs {field}"
+                raise StateError(f"task {operation.value}", rule)
         self.operation = operation
         self.name = None if name is None else ids.check_name(name)
         self.uuid = None if uuid is None else ids.check_uuid(uuid)
@@ -201,7 +220,7 @@ class Task:
         self.new = new
         if new is not None:
             (ids.check_name if operation is Operation.RENAME else ids.check_uuid)(new, "new")
-        self.targets = tuple(targets)
+        self.targets = targets
         self.message = message
         self.sector = sector
         self.readonly = readonly
@@ -281,8 +300,6 @@ class Prepared:
         try:
             with _ffi.lock:
                 self._free()
-                if self.task.operation in _LOCKED:
-                    self._lib.dm_task_update_nodes()
             if done and kind is None:
                 self._cookie.wait(f"{self.task.operation.value} {self.task.label}")
         finally:
@@ -351,7 +368,10 @@ class Prepared:
         """Send it from Python, under the lock where the library's shared state is touched."""
         if self.task.operation in _LOCKED:
             with _ffi.lock:
-                self._lib.dmlib_run(self.pointer, self.outcome)
+                try:
+                    self._lib.dmlib_run(self.pointer, self.outcome)
+                finally:  # node work that is pending when the lock is free would be done by a forked child as well
+                    self._lib.dm_task_update_nodes()
         else:
             self._lib.dmlib_run(self.pointer, self.outcome)
 
@@ -362,7 +382,7 @@ class Prepared:
 
     @property
     def errno(self) -> int | None:
-        """The kernel's error number; ``None`` if it did it, or if the failure came before the ioctl."""
+        """The kernel's error number; ``None`` if it did it, or if the failure was libdevmapper's own."""
         value = self.outcome[0]
         return -value - 1 if value < -1 else None
 
@@ -400,7 +420,19 @@ class Prepared:
         """Return the exception for what went wrong, with what libdevmapper and the kernel said of it."""
         lines = _ffi.take_log()[1]
         kernel = _kmsg.since(self._mark) if self._mark is not None else ()
-        return from_task(self.task.operation.value, self.task.label, self.errno, log=lines, kernel_log=kernel)
+        said: dict[str, Any] = {"log": lines, "kernel_log": kernel}
+        if self.errno == errno.ENXIO and self.task.operation in _ASKS_TARGET and self._exists():
+            # It is a device below it that the target did not find.
+            return TargetRefusedError(self.task.operation.value, self.task.label, self.errno, **said)
+        return from_task(self.task.operation.value, self.task.label, self.errno, **said)
+
+    def _exists(self) -> bool:
+        task = self.task
+        try:
+            Task(Operation.INFO, name=task.name, uuid=task.uuid, number=task.number).run()
+        except DeviceNotFoundError:
+            return False
+        return True
 
     def _info(self) -> DeviceInfo:
         raw = self._ffi.new("struct dm_info *")

@@ -16,7 +16,7 @@ from dmlib import blockdev, ids
 from dmlib._active import active_by_uuid, is_thin
 from dmlib._pool import PoolMessage
 from dmlib._pool_life import PoolFeatures, PoolLife
-from dmlib._quiesce import check_room, write_back
+from dmlib._quiesce import check_room, turn, write_back
 from dmlib._undo import Undo
 from dmlib.device import REMOVE_TIMEOUT, SUSPEND_TIMEOUT, Device
 from dmlib.errors import ArgumentError, DeviceExistsError, StateError
@@ -323,12 +323,18 @@ class ThinDevice:
             DeviceExistsError: The id or the name is in use.
             DeviceNotFoundError: The pool does not have the origin.
             OutOfDataSpaceError: The pool may not have the room that a suspend needs. Grow it first.
-            StateError: The pool is suspended.
+            StateError: The pool is suspended; or a suspended origin was resumed meanwhile.
             PoolError: The pool takes no changes; the subclass says why.
             SuspendTimeoutError: The kernel took longer. The origin is resumed, if it ever gets suspended.
 
         Source: kernel admin-guide, thin-provisioning: a snapshot of an active origin needs it suspended.
         """
+        begin = time.monotonic()
+        with turn(self.uuid, self.name, timeout):
+            rest = None if timeout is None else max(0.001, timeout - (time.monotonic() - begin))
+            return self._snapshot(thin_id, name=name, activate=activate, timeout=rest)
+
+    def _snapshot(self, thin_id: int, *, name: str | None, activate: bool, timeout: float | None) -> ThinDevice:
         message = PoolMessage(self.pool, "create_snap", thin_id, self.thin_id)
         origin = self.active()
         in_use = origin is not None and origin.live_table
@@ -342,6 +348,10 @@ class ThinDevice:
                     run_section([Device(origin.name).hold()], [message.task], timeout=rest)
                 else:
                     message.task.run()
+            if origin and origin.suspended and not Device(origin.name).info().suspended:
+                raise StateError(
+                    origin.name, "was resumed by somebody while the snapshot was made; it is deleted again"
+                )
             if activate:
                 snap._map(self.pool.number, UdevFlags.LOW_PRIORITY)  # by-uuid links stay with the origin
         return snap

@@ -312,7 +312,7 @@ def grow_under_a_writer(report: Report, data: LoopDevice) -> None:
         grow_sparse_file(data.status().backing_file, data.size + MiB(32))
         data.refresh_size()
         pool.grow_data()
-        writer.result(timeout=30)
+        writer.result(timeout=120)
         waited = time.monotonic() - since
     after = pool.status()
     print(f"    full at {full.total_data.count} blocks the pool was {full.mode.value} and the write waited;")
@@ -332,7 +332,7 @@ def release(pool: ThinPool, writer: Future[None]) -> None:
 
 def wait_until_full(pool: ThinPool, writer: Future[None]) -> ThinPoolStatus:
     """Wait until the pool has no block for a write; return its status then."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (status := pool.status()).mode is not PoolMode.OUT_OF_DATA_SPACE:
         if writer.done() or time.monotonic() > deadline:
             raise WrongFigureError("the pool did not run full")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dmlib import Device, DeviceNumber, KiB, Linear, MiB, Sectors, Table, ThinDevice, ThinPool, list_devices
+from dmlib import Device, DeviceNumber, KiB, Linear, LoopDevice, MiB, Sectors, Table, ThinDevice, ThinPool, list_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,21 +107,25 @@ def sparse_file(tmp_path: Path) -> Callable[[Sectors], Path]:
 
 @dataclass
 class Loop:
-    """A loop device made by losetup, so that tests of other rooms do not lean on dmlib's own."""
+    """A loop device and its file."""
 
-    path: str
+    device: LoopDevice
     file: Path
 
     def __fspath__(self) -> str:
         return self.path
 
     @property
+    def path(self) -> str:
+        return self.device.path
+
+    @property
     def number(self) -> DeviceNumber:
-        return DeviceNumber.from_dev(os.stat(self.path).st_rdev)
+        return self.device.number
 
     def grow(self, size: Sectors) -> None:
         os.truncate(self.file, size.bytes)
-        run(f"losetup -c {self.path}")
+        self.device.refresh_size()
 
 
 @pytest.fixture
@@ -131,12 +135,12 @@ def loop_device(sparse_file: Callable[[Sectors], Path]) -> Iterator[Callable[[Se
 
     def make(size: Sectors) -> Loop:
         file = sparse_file(size)
-        made.append(Loop(run(f"losetup -f --show {file}").strip(), file))
+        made.append(Loop(LoopDevice.attach(file), file))
         return made[-1]
 
     yield make
     for loop in reversed(made):
-        run(f"losetup -d {loop.path}")
+        loop.device.detach(lazy=True)  # a device over it may be removed by a later finaliser
 
 
 @pytest.fixture
@@ -187,7 +191,6 @@ def backing(pool: ThinPool) -> tuple[Loop, Loop]:
     """The metadata and the data loop of *pool*."""
     loops = []
     for number in (pool.metadata_device, pool.data_device):
-        path = f"/dev/loop{number.minor}"
-        file = Path(f"/sys/block/loop{number.minor}/loop/backing_file").read_text(encoding="utf-8").strip()
-        loops.append(Loop(path, Path(file)))
+        device = LoopDevice(f"/dev/loop{number.minor}")
+        loops.append(Loop(device, Path(device.status().backing_file)))
     return loops[0], loops[1]

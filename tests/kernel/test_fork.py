@@ -11,6 +11,7 @@ import pytest
 from dmlib import Device, MiB, Table, Zero, list_devices
 
 ZERO = Table.single(MiB(1), Zero())
+CPUS = os.cpu_count()
 UDEV = os.path.exists("/run/udev/control") and "DM_DISABLE_UDEV" not in os.environ
 
 BEGIN = """
@@ -62,7 +63,7 @@ def work(number):
             failures.append(repr(error))
             raise
 stop = threading.Event()
-threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
 for thread in threads: thread.start()
 codes, pid = [], 1
 for number in range(int(sys.argv[2])):
@@ -89,44 +90,44 @@ def test_a_child_works_at_once_while_threads_of_the_parent_are_at_it(unique_name
 
     The parent's threads, and the nodes of their devices, are not disturbed.
     """
-    children = 2 if UDEV else 6
+    children = 1 if UDEV and CPUS == 1 else 4
     codes, failures, rounds = program(AT_WORK.replace("ENDING", ending), unique_name(), children)
     assert codes == [0 if ending == "pass" else 7] * children
     assert failures == []
-    assert rounds > 3
+    assert rounds >= 1
 
 
 PENDING = """
 failures = []
 def work():
     try:
-        for number in range(int(sys.argv[2])):
+        while not stop.is_set():
             device = Device.create(stem, ZERO)
-            for look in range(3):
-                if not os.path.exists(device.path): failures.append(number)
-                time.sleep(0.001)
+            for look in range(5):
+                if not os.path.exists(device.path): failures.append("the node is gone")
+                time.sleep(0.002)
             device.remove()
     except BaseException as error:
         failures.append(repr(error))
+stop = threading.Event()
 thread = threading.Thread(target=work)
 thread.start()
-children = []
-while thread.is_alive():
+codes = set()
+for number in range(int(sys.argv[2])):
     pid = os.fork()
     if pid == 0:
         os._exit(0)
-    children.append(pid)
-    time.sleep(0.0005)
-print(json.dumps([failures, len(children), {reap(pid) for pid in children} == {0}]))
+    codes.add(reap(pid))
+stop.set()
+thread.join()
+print(json.dumps([failures, sorted(codes)]))
 """
 
 
-def test_a_child_does_not_carry_out_what_the_parent_has_pending(unique_name):
+@pytest.mark.parametrize("forks", [10, pytest.param(150, marks=pytest.mark.slow)])
+def test_a_child_does_not_carry_out_what_the_parent_has_pending(unique_name, forks):
     """Node changes that a thread of the parent is about to make are the parent's alone, whenever it forks."""
-    failures, children, clean = program(PENDING, unique_name(), 10 if UDEV else 150)
-    assert failures == []
-    assert children >= 10
-    assert clean
+    assert program(PENDING, unique_name(), forks) == [[], [0]]
 
 
 def test_a_child_has_a_control_descriptor_of_its_own(unique_name):
@@ -160,14 +161,14 @@ def test_a_program_that_replaces_the_process_inherits_nothing(unique_name):
 try: Device(stem).load(Table.single(MiB(1), RawTarget("linear", "7:0 x")))
 except TargetRefusedError as error: assert error.kernel_log
 assert len(controls()) == 1
-os.execv(sys.executable, [sys.executable, "-c",
-    "import json, os; print(json.dumps([os.readlink(f'/proc/self/fd/{n}') for n in range(3, 40) if os.path.lexists(f'/proc/self/fd/{n}')]))"])
+look = "import json, os; print(json.dumps([n for n in range(3, 40) if os.path.lexists(f'/proc/self/fd/{n}')]))"
+os.execv(sys.executable, [sys.executable, "-c", look])
 """
     assert program(code, device.name) == []
 
 
 def test_the_lines_of_the_kernel_are_found_by_parent_and_child(unique_name):
-    """While a child reads the kernel's log for its own failures, none of the parent's lines gets lost, nor the other way."""
+    """While parent and child both read the kernel's log for their own failures, neither misses a line."""
     device = Device.create(unique_name())
     code = """
 def fail(words):

@@ -243,8 +243,7 @@ class TestOutOfMetadata:
         made = []
 
         def make_ids():
-            for thin_id in range(2000):
-                made.append(pool.create_thin(thin_id, MiB(1), activate=False))
+            made.extend(pool.create_thin(thin_id, MiB(1), activate=False) for thin_id in range(2000))
 
         with pytest.raises(OutOfMetadataSpaceError, match="no metadata space; grow the metadata device") as full:
             make_ids()

@@ -46,7 +46,7 @@ def digest(path):
 
 @pytest.fixture
 def mount(tmp_path, sh):
-    """Mounts a file system for the length of a block: ``with mount(path) as folder``."""
+    """Give a function that mounts a file system for the length of a block."""
 
     @contextmanager
     def mounted(path, options="defaults"):

@@ -181,7 +181,7 @@ def test_messages():
         str(TaskError("load", "a", errno.EINVAL, log=["l"], kernel_log=["first", "k"]))
         == f"load a: {einval}; kernel, meanwhile: first"
     )
-    assert str(TaskError("load", "a", None, log=["first", "l"])) == "load a: failed before the ioctl; first"
+    assert str(TaskError("load", "a", None, log=["first", "l"])) == "load a: failed in libdevmapper; first"
     assert str(DeviceBusyError("remove", "a", users=["b", "/mnt"])) == "remove a: in use by b, /mnt"
     assert str(DeviceBusyError("remove", "a")) == f"remove a: {os.strerror(errno.EBUSY)}"
     assert str(SuspendTimeoutError("a", 30)) == "suspend of a did not finish within 30 s"
@@ -200,7 +200,8 @@ CASES = [
     ("message", errno.EBUSY, DeviceBusyError),
     *((operation, errno.ENXIO, DeviceNotFoundError) for operation in ("remove", "load", "info", "status", "rename")),
     *((operation, errno.EACCES, PermissionDeniedError) for operation in ("create", "load", "info")),
-    *((operation, errno.EPERM, PermissionDeniedError) for operation in ("create", "load", "info")),
+    *((operation, errno.EPERM, PermissionDeniedError) for operation in ("create", "info")),
+    ("load", errno.EPERM, TargetRefusedError),
     *((operation, errno.EINVAL, TargetRefusedError) for operation in ("load", "resume", "message")),
     ("create", errno.EINVAL, TaskError),
     ("rename", errno.EINVAL, TaskError),
