@@ -107,7 +107,7 @@ def run_section(
         worker.start()
         given_up = not worker.called.wait(rest) and worker.abandon()
         if not given_up:
-            worker.join()
+            worker.finished.wait()  # not join(): interrupted, it would let the process end under the thread
     except BaseException:
         if not worker.abandon():
             worker.outlast()
@@ -128,6 +128,8 @@ class _Worker(threading.Thread):
         self._keep_suspended = keep_suspended
         self._gate: Any = self._ffi.new("int *")
         self.called = threading.Event()
+        """C has returned; udev may have to be waited for."""
+        self.finished = threading.Event()
         self.error: BaseException | None = None
         self.held = 0.0
 
@@ -156,6 +158,7 @@ class _Worker(threading.Thread):
             for hold in self._holds:
                 if _late.get(hold.suspend.label) is self:
                     del _late[hold.suspend.label]
+            self.finished.set()
 
     def _call(self, stack: ExitStack) -> None:
         def prepare(task: Task | None) -> Prepared | None:

@@ -11,6 +11,9 @@ import pytest
 MARK = 0x2E01
 """A request that no driver knows, sent to a pipe: it tells the verbs apart in strace's record."""
 
+SNAPSHOT = 7
+"""Who has the origin active; may the pool be written and has it room, twice; suspend, message, resume; committed?"""
+
 MARK_IN_RECORD = "_IOC(_IOC_NONE, 0x2e, 0x1, 0)"
 
 PROGRAM = """
@@ -128,13 +131,9 @@ def test_thin_devices(counted, pool):
     assert message_only.count("SUSPEND") == 2
     suspend = message_only.index("SUSPEND")
     assert message_only[suspend : suspend + 3] == ["SUSPEND", "MSG", "SUSPEND"]
-    assert snapshot == [*message_only, *mapping]
+    assert snapshot == [*message_only, "STATUS", *mapping]
     assert len(message_only) == SNAPSHOT
     assert questions == [["STATUS"]] * 3
-
-
-SNAPSHOT = 8
-"""Who has the origin active, may the pool be written and has it room; suspend, message, resume; was it committed."""
 
 
 def test_a_foreign_device_costs_its_tables(counted, pool, sh):

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: MIT
 """While a device is suspended: every way out of it, on a kernel that really refuses and really waits."""
 
-import contextlib
 import mmap
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 
@@ -23,11 +18,11 @@ from dmlib import (
     Operation,
     RawTarget,
     Sectors,
-    StateError,
     SuspendTimeoutError,
     Table,
     TargetRefusedError,
     Task,
+    ThinPool,
     Zero,
 )
 from dmlib.section import Hold, run_section
@@ -49,7 +44,6 @@ def section_threads():
 
 def unbuffered_write(path):
     """Start one O_DIRECT write, which the kernel has in flight when this returns, and return its thread."""
-    name = os.path.basename(os.path.realpath(path))
     block = mmap.mmap(-1, 4096)
     block.write(b"x" * 4096)
 
@@ -70,7 +64,7 @@ def unbuffered_write(path):
             return int(file.read().split()[1]) > 0
 
     wait_until(in_flight)
-    assert thread.is_alive(), name
+    assert thread.is_alive()
     return thread
 
 
@@ -197,70 +191,15 @@ def test_a_snapshot_that_is_refused_resumes_its_origin(thin):
         assert file.write(bytes(4096)) == 4096
 
 
-# -- suspended(), where Python runs
-
-
-def test_suspended(linear_device):
-    """The device is suspended in the block and resumed after it, also when that fails."""
-    with linear_device.suspended() as device:
-        assert device.info().suspended
-    assert not linear_device.info().suspended
-    with pytest.raises(ZeroDivisionError), linear_device.suspended():
-        raise ZeroDivisionError
-    assert not linear_device.info().suspended
-
-
-def test_suspended_and_ctrl_c(linear_device):
-    """A Ctrl-C in the block, and more of them during the resume, reach the caller with the device resumed."""
-    with pytest.raises(KeyboardInterrupt), linear_device.suspended():
-        signal.raise_signal(signal.SIGINT)
-    assert not linear_device.info().suspended
-
-    for pause in (0, 0.0002, 0.0005, 0.001):
-
-        def storm(pause=pause):
-            for _ in range(5):
-                time.sleep(pause)
-                os.kill(os.getpid(), signal.SIGINT)
-
-        pressing = threading.Thread(target=storm)
-        with contextlib.suppress(KeyboardInterrupt):  # as many as were pressed may come
-            try:
-                with linear_device.suspended():
-                    pressing.start()
-                    time.sleep(5)
-            finally:
-                while pressing.is_alive():
-                    with contextlib.suppress(KeyboardInterrupt):
-                        pressing.join()
-        assert not linear_device.info().suspended
-
-
-def test_suspended_by_another(linear_device):
-    """A device that is suspended already is refused and stays as it is."""
-    linear_device.suspend()
-    with pytest.raises(StateError, match="suspended already"), linear_device.suspended():
-        pytest.fail("the block ran")
-    assert linear_device.info().suspended
-    linear_device.resume()
-
-
-def test_suspended_when_block_and_resume_fail(pool, too_short):
-    """Both errors are there: the resume's is raised, with that of the block as its context."""
+def test_a_hold_without_a_way_back(pool, too_short):
+    """Without a table to put back, a refused resume is a CleanupError too, and says which device is suspended."""
     before = pool.device.table()
-
-    def body():
-        pool.device.load(too_short)
-        raise ZeroDivisionError
-
-    with pytest.raises(TargetRefusedError) as caught, pool.device.suspended(flush=False):
-        body()
-    assert caught.value.operation == "resume"
-    chain, error = [], caught.value
-    while error is not None:
-        chain.append(type(error))
-        error = error.__context__
-    assert ZeroDivisionError in chain
+    name = pool.name
+    pool.device.load(too_short)
+    hold = Hold(suspend=Task(Operation.SUSPEND, name=name, flush=False), resume=Task(Operation.RESUME, name=name))
+    with pytest.raises(CleanupError, match=name) as caught:
+        run_section([hold], timeout=5)
+    assert [type(error) for error in caught.value.exceptions] == [TargetRefusedError]
     pool.device.load(before)
     pool.device.resume()
     undisturbed(pool.device, before)
@@ -283,9 +222,6 @@ def test_a_suspend_beyond_its_deadline(slow):
     assert section_threads() == [f"dmlib-section-{device.name}"]
 
     other = Device.create(f"{device.name}-other", ZERO)  # nobody else waits
-    other.suspend()
-    other.reload(ZERO) if not other.info().suspended else other.resume()
-    assert other.status()[0].type_name == "zero"
     other.remove()
     assert writing.is_alive()
 
@@ -348,8 +284,6 @@ def test_others_go_on_while_one_waits(slow, unique_name):
 
 def test_a_full_pool_is_grown_while_a_suspend_waits_for_it(loop_device, unique_name):
     """A suspend that waits for a write that waits for space goes on once another thread has grown the pool."""
-    from dmlib import ThinPool  # noqa: PLC0415
-
     data = loop_device(MiB(1))
     pool = ThinPool.create(unique_name(), metadata=loop_device(MiB(4)), data=data, data_block_size=KiB(64))
     thin = pool.create_thin(0, MiB(4))
@@ -382,138 +316,3 @@ def test_a_full_pool_is_grown_while_a_suspend_waits_for_it(loop_device, unique_n
     assert above.table().length == MiB(2)
     above.remove()
     pool.deactivate()
-
-
-# -- Ctrl-C
-
-
-def child(program, *words):
-    """Start a Python program that uses dmlib; SIGINT does in it what it does in a terminal."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_ctrl_c_in_a_suspend_that_waits(slow):
-    """A process gets its KeyboardInterrupt at once, ends when the kernel is through, and leaves nothing suspended."""
-    device, below = slow
-    before = device.table()
-    writing = unbuffered_write(device.path)
-    program = """
-        import sys, threading, time
-        from dmlib import Device, DeviceNumber, Linear, MiB, Table
-        device, number = Device(sys.argv[1]), DeviceNumber.parse(sys.argv[2])
-        table = Table.single(MiB(2), Linear(number, MiB(1)))
-        device.info()
-        print("ready", flush=True)
-        begin = time.monotonic()
-        try:
-            device.reload(table)
-        except KeyboardInterrupt:
-            left = device.info().inactive_table
-            print("interrupted", left, time.monotonic() - begin < 1.4, flush=True)
-            raise
-    """
-    with child(program, device.name, str(below.info().number)) as process:
-        assert process.stdout.readline() == "ready\n"
-        wait_until(lambda: device.info().inactive_table)
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "interrupted False True\n"
-        _, errors = process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT, errors
-    assert errors.strip().endswith("KeyboardInterrupt")
-    writing.join()
-    undisturbed(device, before)
-
-
-@pytest.mark.parametrize(
-    ("verb", "rounds"),
-    [("reload", 200), ("snapshot", 40), pytest.param("snapshot", 400, marks=pytest.mark.slow)],
-)
-def test_a_storm_of_ctrl_c(verb, rounds, thin, linear_device):
-    """Signals at any moment of many reloads and snapshots leave nothing suspended and no table waiting."""
-    program = """
-        import os, random, signal, sys, threading, time
-        from dmlib import Device, ThinDevice
-        verb, name, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-        device = Device(name)
-        if verb == "reload":
-            table = device.table()
-        else:
-            thin = ThinDevice.open(name)
-
-        def step(number):
-            if verb == "reload":
-                device.reload(table)
-            else:
-                thin.snapshot(number, activate=False)
-
-        def handler(number, frame):
-            while frame:
-                if frame.f_code is step.__code__:
-                    raise KeyboardInterrupt
-                frame = frame.f_back
-
-        def press():
-            for pause in sorted(random.uniform(0, 1.2 * usual) for _ in range(random.choice((1, 1, 3)))):
-                time.sleep(pause)
-                os.kill(os.getpid(), signal.SIGINT)
-
-        signal.signal(signal.SIGINT, handler)
-        begin = time.monotonic()
-        for number in range(5):
-            step(number + 1)
-        usual = (time.monotonic() - begin) / 5
-        done = interrupted = 0
-        for number in range(5, 5 + rounds):
-            pressing = threading.Thread(target=press)
-            pressing.start()
-            try:
-                step(number + 1)
-                done += 1
-            except KeyboardInterrupt:
-                interrupted += 1
-            pressing.join()
-            info = device.info()
-            assert not info.suspended and not info.inactive_table, info
-        print(done, interrupted)
-    """
-    device = linear_device if verb == "reload" else thin.device
-    with child(program, verb, device.name, str(rounds)) as process:
-        printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    done, interrupted = map(int, printed.split())
-    assert done > rounds / 20, printed
-    assert interrupted > rounds / 20, printed
-    info = device.info()
-    assert (info.suspended, info.inactive_table) == (False, False)
-    if verb == "snapshot":  # each that was interrupted took its thin id back
-        assert len(thin_ids(thin)) == 1 + 5 + done
-
-
-def thin_ids(thin):
-    """The ids that are in the pool, as its metadata has them."""
-    pool = thin.pool.device
-    pool.message("reserve_metadata_snap")
-    metadata = f"/dev/block/{thin.pool.metadata_device}"
-    path = metadata if os.path.exists(metadata) else f"/dev/loop{thin.pool.metadata_device.minor}"
-    dump = subprocess.run(["thin_dump", "-m", path], capture_output=True, text=True, check=True).stdout
-    pool.message("release_metadata_snap")
-    return [line for line in dump.splitlines() if "<device " in line]
-
-
-def test_a_hold_without_a_way_back(pool, too_short):
-    """Without a table to put back, a refused resume is a CleanupError too, and says which device is suspended."""
-    before = pool.device.table()
-    name = pool.name
-    pool.device.load(too_short)
-    hold = Hold(suspend=Task(Operation.SUSPEND, name=name, flush=False), resume=Task(Operation.RESUME, name=name))
-    with pytest.raises(CleanupError, match=name) as caught:
-        run_section([hold], timeout=5)
-    assert [type(error) for error in caught.value.exceptions] == [TargetRefusedError]
-    pool.device.load(before)
-    pool.device.resume()
-    undisturbed(pool.device, before)

@@ -186,7 +186,7 @@ class Scribbler(threading.Thread):
         os.close(self.directory)
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_under_a_writer(thin, mounted, mount, sh, rounds):
     """Each snapshot of a mounted file system under a writer is clean, and holds what was synced before it."""
     overtaken = 0
@@ -315,6 +315,7 @@ def test_interrupted(pool, thin, sh, rounds):
     assert sh("dmsetup ls").count(f"{pool.name}-thin-") == 1
 
 
+@pytest.mark.concurrency
 def test_many_at_once(pool, thin):
     """Threads that take snapshots of one origin at once all get theirs, and the origin runs on."""
     failures = []
