@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Taking back what was done when a later step fails, undisturbed by Ctrl-C."""
+"""
+Taking back what was done when a later step fails, undisturbed by Ctrl-C.
+
+The standard library's ``Thread.start`` and ``Event.wait`` do not survive a signal handler that raises in the midst of
+them: a lock stays held, or is released twice, and the other thread waits for ever. So threads whose end matters are
+started here by the one call of C below, and waited for with a :class:`Latch`.
+"""
 
 from __future__ import annotations
 
+import _thread
 import sys
 import threading
-from typing import TYPE_CHECKING, Protocol, Self
+import time
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from dmlib.errors import CleanupError
 
@@ -14,13 +22,56 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
-_thread = threading.local()
+_local: Final = threading.local()
+_LOOK_EVERY: Final = 0.5
+
+start_thread: Final = _thread.start_new_thread
+"""Start a thread that nothing waits for by itself: ``start_thread(function, ())``."""
+
+
+class Latch:
+    """Something that happens once; whole at each moment in which a signal handler may raise."""
+
+    __slots__ = ("_lock", "is_set")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()  # released when it has happened
+        self.is_set = False
+
+    def set(self) -> None:
+        """Say that it has happened; called once."""
+        self.is_set = True
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has happened, for at most *timeout* seconds; return whether it has."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set:
+            # In steps: a waiter that is interrupted right here would keep the lock, and the others from waking.
+            rest = _LOOK_EVERY if deadline is None else min(_LOOK_EVERY, deadline - time.monotonic())
+            if self._lock.acquire(timeout=max(0.0, rest)):
+                self._lock.release()
+            elif deadline is not None and time.monotonic() >= deadline:
+                break
+        return self.is_set
 
 
 def interrupted() -> bool:
     """Whether this thread takes something back because of Ctrl-C or the like, so that somebody waits for the end."""
     error = sys.exception()
-    return getattr(_thread, "interrupted", False) or not isinstance(error, Exception | None)
+    return getattr(_local, "interrupted", False) or not isinstance(error, Exception | None)
+
+
+def outlast(latch: Latch) -> KeyboardInterrupt | None:
+    """Wait for *latch* through any number of Ctrl-C; return the last."""
+    interrupt: KeyboardInterrupt | None = None
+    while not latch.is_set:
+        try:
+            latch.wait()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    return interrupt
 
 
 def undisturbed(step: Callable[[], object]) -> None:
@@ -29,29 +80,29 @@ def undisturbed(step: Callable[[], object]) -> None:
 
     Python runs signal handlers in the main thread only, so there another thread does the work.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _thread.get_ident() != threading.main_thread().ident:
         step()
         return
-    once, done = threading.Lock(), threading.Event()
+    once, done = threading.Lock(), Latch()
     failures: list[BaseException] = []
     interrupt: KeyboardInterrupt | None = None
     hurry = interrupted()
 
     def run() -> None:
         if once.acquire(blocking=False):
-            _thread.interrupted = hurry
+            _local.interrupted = hurry
             try:
                 step()
             except BaseException as failure:  # noqa: BLE001 - raised below, in the thread that waits
                 failures.append(failure)
             finally:
-                _thread.interrupted = False
+                _local.interrupted = False
                 done.set()
 
-    while not done.is_set():
+    while not done.is_set:
         try:
             # Again after each Ctrl-C: it may have kept the one before from starting.
-            threading.Thread(target=run, name="dmlib-undo").start()
+            start_thread(run, ())
             done.wait()
         except KeyboardInterrupt as error:
             interrupt = error

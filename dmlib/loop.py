@@ -11,91 +11,24 @@ a loop device that has another one.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
-import random
-import re
-import stat
-import struct
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Final, Self, TypedDict, Unpack
 
-from dmlib import ids
-from dmlib.errors import ArgumentError, DeviceBusyError, DeviceNotFoundError, StateError, UnsupportedError, from_task
-from dmlib.units import SECTOR_SIZE, Sectors, Size, as_sectors
+from dmlib import _loopctl, ids
+from dmlib._loopctl import failing_as, opened
+from dmlib.errors import ArgumentError, DeviceBusyError, DeviceNotFoundError, from_task
+from dmlib.usage import users_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from os import PathLike
+
+    from dmlib.units import Sectors, Size
 
 DETACH_TIMEOUT: Final = 5.0
 """Seconds a detach waits for other users, unless told otherwise: udev and blkid open a new device for a moment."""
-
-_CONTROL: Final = "/dev/loop-control"
-_MAJOR: Final = 7  # LOOP_MAJOR of linux/major.h
-_NODE_WAIT: Final = 1.0
-_TRIES: Final = 1000
-_PAUSE: Final = 0.002
-_LONGEST_PAUSE: Final = 0.05
-_LARGEST_FILE: Final = (1 << 63) - 1
-_NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-
-# linux/loop.h
-_SET_FD: Final = 0x4C00
-_CLR_FD: Final = 0x4C01
-_SET_STATUS64: Final = 0x4C04
-_GET_STATUS64: Final = 0x4C05
-_SET_CAPACITY: Final = 0x4C07
-_SET_DIRECT_IO: Final = 0x4C08
-_SET_BLOCK_SIZE: Final = 0x4C09
-_CONFIGURE: Final = 0x4C0A
-_CTL_GET_FREE: Final = 0x4C82
-_READ_ONLY: Final = 1
-_AUTOCLEAR: Final = 4
-_DIRECT_IO: Final = 16
-_INFO: Final = struct.Struct("=2Q8x2Q12xI64s96x16x")  # struct loop_info64 without what was for encryption
-_CONFIG: Final = struct.Struct(f"=II{_INFO.size}s64x")  # struct loop_config
-_NAME_LIMIT: Final = 63
-_NODE_NAME: Final = re.compile(r"loop(\d+)", re.ASCII)
-_DELETED: Final = " (deleted)"
-
-_Result = TypeVar("_Result")
-_FileId = tuple[int, int]  # device and inode, as the kernel reports them
-
-
-class _Info(NamedTuple):
-    """``struct loop_info64``; sizes in bytes, 0 for no limit."""
-
-    device: int
-    inode: int
-    offset: int
-    size_limit: int
-    flags: int
-    name: bytes
-
-    @classmethod
-    def read(cls, loop: int) -> _Info:
-        return cls(*_INFO.unpack(_ioctl(loop, _GET_STATUS64, bytes(_INFO.size))))
-
-    def write(self, loop: int) -> None:
-        _ioctl(loop, _SET_STATUS64, _INFO.pack(*self))
-
-    @property
-    def file(self) -> _FileId:
-        return self.device, self.inode
-
-
-class _Wish(NamedTuple):
-    """What is to be attached, checked."""
-
-    path: str
-    info: _Info
-    block_size: int
-
-    def has(self, flag: int) -> bool:
-        return bool(self.info.flags & flag)
 
 
 class LoopOptions(TypedDict, total=False):
@@ -194,9 +127,10 @@ class LoopDevice:
 
         Source: LOOP_CTL_GET_FREE, LOOP_CONFIGURE; before 5.8 LOOP_SET_FD, LOOP_SET_STATUS64; loop(4).
         """
-        loop, node, file = _claim(_check(path, options))
+        loop, node, file = _loopctl.claim(_loopctl.wish(path, **options))
         try:
-            _run("loop-attach", node, lambda: _change_autoclear(loop, enabled=False))
+            with failing_as("loop-attach", node):
+                _loopctl.change_autoclear(loop, enabled=False)
         finally:
             os.close(loop)
         return cls(node, file)
@@ -222,7 +156,7 @@ class LoopDevice:
         And whatever :meth:`attach` raises.
         """
         if autoclear:
-            descriptor, node, file = _claim(_check(path, options))
+            descriptor, node, file = _loopctl.claim(_loopctl.wish(path, **options))
             try:
                 yield cls(node, file)
             finally:
@@ -248,21 +182,23 @@ class LoopDevice:
 
         Raises:
             DeviceNotFoundError: No file is attached, or another one.
-            DeviceBusyError: Somebody still has it open. It will go when they close it.
+            DeviceBusyError: Somebody still uses it; ``users`` says who, as far as it can be seen. It will go when they
+                close it.
 
         Source: LOOP_CLR_FD.
         """
-        with self._open("loop-detach") as (descriptor, info):
-            _run("loop-detach", self.path, lambda: _ioctl(descriptor, _CLR_FD, 0))
-        attached = type(self)(self.path, info.file)
+        with opened("loop-detach", self.path, self.file) as device, failing_as("loop-detach", self.path):
+            _loopctl.ioctl(device.descriptor, _loopctl.CLR_FD)
+        detached = type(self)(self.path, device.info.file)
         deadline = time.monotonic() + timeout
-        pause = _PAUSE
-        while not lazy and attached._waits_for_user():  # noqa: SLF001 - of its own class
+        pause = _loopctl.PAUSE
+        while not lazy and detached._waits_for_user():  # noqa: SLF001 - of its own class
             if time.monotonic() + pause > deadline:
                 note = "autoclear is set: the kernel detaches it when the last user closes it"
-                raise DeviceBusyError("loop-detach", self.path, log=[note])
+                users = [str(user) for user in users_of(device.number)]
+                raise DeviceBusyError("loop-detach", self.path, log=[note], users=users)
             time.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, _loopctl.LONGEST_PAUSE)
 
     def _waits_for_user(self) -> bool:
         # Without autoclear it is not the old attachment: somebody has attached the same file there anew.
@@ -284,8 +220,9 @@ class LoopDevice:
 
         Source: LOOP_SET_STATUS64 with LO_FLAGS_AUTOCLEAR.
         """
-        with self._open("loop-set-autoclear") as (descriptor, _info):
-            _run("loop-set-autoclear", self.path, lambda: _change_autoclear(descriptor, enabled=enabled))
+        verb = "loop-set-autoclear"
+        with opened(verb, self.path, self.file) as device, failing_as(verb, self.path):
+            _loopctl.change_autoclear(device.descriptor, enabled=enabled)
 
     def refresh_size(self) -> Sectors:
         """
@@ -299,15 +236,16 @@ class LoopDevice:
 
         Source: LOOP_SET_CAPACITY.
         """
-        with self._open("loop-refresh-size") as (descriptor, _info):
-            _run("loop-refresh-size", self.path, lambda: _ioctl(descriptor, _SET_CAPACITY, 0))
-            return _size_of(descriptor)
+        verb = "loop-refresh-size"
+        with opened(verb, self.path, self.file) as device, failing_as(verb, self.path):
+            _loopctl.ioctl(device.descriptor, _loopctl.SET_CAPACITY)
+            return device.size()
 
     @property
     def size(self) -> Sectors:
         """Size of the device as it is now; DeviceNotFoundError if no file is attached, or another one."""
-        with self._open("loop-size") as (descriptor, _info):
-            return _size_of(descriptor)
+        with opened("loop-size", self.path, self.file) as device:
+            return device.size()
 
     @property
     def number(self) -> ids.DeviceNumber:
@@ -334,17 +272,17 @@ class LoopDevice:
 
         Source: LOOP_GET_STATUS64, ``lo_device`` and ``lo_inode``.
         """
-        name = _text(path)
-        wanted = _file_id(name)
+        name = _loopctl.path_text(path)
+        wanted = _loopctl.file_id(name)
         if wanted is None:
             raise ArgumentError("path", name, "must exist")
-        candidates = (cls(f"/dev/loop{number}", wanted) for number in _attached_numbers())
+        candidates = (cls(f"/dev/loop{number}", wanted) for number in _loopctl.attached_numbers())
         return [loop for loop in candidates if loop.exists()]
 
     def exists(self) -> bool:
         """Return whether a file is attached, this object's own if it knows one; absence fails every other verb."""
         try:
-            with self._open("loop-status"):
+            with opened("loop-status", self.path, self.file):
                 return True
         except DeviceNotFoundError:
             return False
@@ -358,8 +296,9 @@ class LoopDevice:
 
         Source: LOOP_GET_STATUS64; sysfs, ``loop/backing_file``.
         """
-        with self._open("loop-status") as (descriptor, info):
-            name, deleted = _backing_file(ids.DeviceNumber.from_dev(os.fstat(descriptor).st_rdev), info)
+        with opened("loop-status", self.path, self.file) as device:
+            name, deleted = device.backing_file()
+        info = device.info
         return LoopStatus(
             backing_file=name,
             deleted=deleted,
@@ -367,30 +306,10 @@ class LoopDevice:
             inode=info.inode,
             offset_bytes=info.offset,
             size_limit_bytes=info.size_limit or None,
-            read_only=bool(info.flags & _READ_ONLY),
-            autoclear=bool(info.flags & _AUTOCLEAR),
-            direct_io=bool(info.flags & _DIRECT_IO),
+            read_only=info.has(_loopctl.READ_ONLY),
+            autoclear=info.has(_loopctl.AUTOCLEAR),
+            direct_io=info.has(_loopctl.DIRECT_IO),
         )
-
-    @contextlib.contextmanager
-    def _open(self, operation: str) -> Iterator[tuple[int, _Info]]:
-        # For reading only: udev probes a device that somebody has closed after opening it for writing.
-        # While it is open, nobody can detach it, so the file it has here is the file it has in the block.
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            absent = error.errno in (errno.ENOENT, errno.ENODEV)
-            raise from_task(operation, self.path, errno.ENXIO if absent else error.errno) from error
-        try:
-            node = os.fstat(descriptor)
-            if not stat.S_ISBLK(node.st_mode) or os.major(node.st_rdev) != _MAJOR:
-                raise ArgumentError("path", self.path, "must be the node of a loop device")
-            info = _run(operation, self.path, lambda: _Info.read(descriptor))
-            if self.file not in (None, info.file):
-                raise DeviceNotFoundError(operation, self.path, errno.ENXIO, log=["it has another file now"])
-            yield descriptor, info
-        finally:
-            os.close(descriptor)
 
 
 # -- files
@@ -411,7 +330,7 @@ def create_sparse_file(path: str | PathLike[str], size: Size) -> None:
 
     Source: open(2) with O_EXCL, ftruncate(2).
     """
-    name, size_bytes = _text(path), _file_size(size)
+    name, size_bytes = _loopctl.path_text(path), _loopctl.byte_count(size, "size")
     try:
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -446,259 +365,14 @@ def grow_sparse_file(path: str | PathLike[str], size: Size) -> None:
 
     Source: fallocate(2), which does not shrink.
     """
-    name, size_bytes = _text(path), _file_size(size)
-    descriptor = _open_file(name, os.O_RDWR, "grow-file", block_device=False)
+    name, size_bytes = _loopctl.path_text(path), _loopctl.byte_count(size, "size")
+    descriptor = _loopctl.open_file(name, os.O_RDWR, "grow-file", block_device=False)
     try:
         have = os.fstat(descriptor).st_size
         if size_bytes < have:
             raise ArgumentError("size", size, f"must be at least the {have} bytes that the file has")
         if size_bytes > have:
-            _run("grow-file", name, lambda: os.posix_fallocate(descriptor, size_bytes - 1, 1))
+            with failing_as("grow-file", name):
+                os.posix_fallocate(descriptor, size_bytes - 1, 1)
     finally:
         os.close(descriptor)
-
-
-def _text(path: str | PathLike[str]) -> str:
-    name = os.fspath(path)
-    if not isinstance(name, str):
-        msg = f"path must be a str, not {type(name).__name__}"
-        raise TypeError(msg)
-    if not name or "\0" in name:
-        raise ArgumentError("path", name, "must not be empty, nor have NUL in it")
-    return name
-
-
-def _file_size(size: Size) -> int:
-    size_bytes = as_sectors(size, "size").bytes
-    if size_bytes > _LARGEST_FILE:
-        raise ArgumentError("size", size, "must be less than 8 EiB")
-    return size_bytes
-
-
-def _file_id(name: str) -> _FileId | None:
-    try:
-        found = os.stat(name)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _open_file(name: str, flags: int, operation: str, *, block_device: bool) -> int:
-    """Open what exists, without waiting for the other end of a pipe."""
-    try:
-        descriptor = os.open(name, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno in _NO_FILE:
-            raise ArgumentError("path", name, f"must be a file ({error.strerror})") from error
-        raise from_task(operation, name, error.errno) from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode) and not (block_device and stat.S_ISBLK(mode)):
-        os.close(descriptor)
-        raise ArgumentError("path", name, "must be a regular file" + " or a block device" * block_device)
-    os.set_blocking(descriptor, True)
-    return descriptor
-
-
-# -- the loop driver
-
-
-def _ioctl(descriptor: int, request: int, argument: int | bytes) -> bytes:
-    tries = _TRIES
-    while True:
-        try:
-            result = fcntl.ioctl(descriptor, request, argument)
-        except OSError as error:
-            tries -= 1
-            if error.errno != errno.EAGAIN or not tries:
-                raise
-            time.sleep(_PAUSE)  # somebody reads the device just now, and its layout cannot change under them
-        else:
-            return result if isinstance(result, bytes) else b""
-
-
-def _run(operation: str, device: str, step: Callable[[], _Result]) -> _Result:
-    try:
-        return step()
-    except OSError as error:
-        raise from_task(operation, device, error.errno) from error
-
-
-def _size_of(descriptor: int) -> Sectors:
-    return Sectors(os.lseek(descriptor, 0, os.SEEK_END) // SECTOR_SIZE)
-
-
-def _change_autoclear(loop: int, *, enabled: bool) -> None:
-    info = _Info.read(loop)
-    info._replace(flags=info.flags | _AUTOCLEAR if enabled else info.flags & ~_AUTOCLEAR).write(loop)
-
-
-def _option(options: LoopOptions, name: Literal["offset", "size_limit", "block_size"]) -> int | None:
-    """Return a size that was asked for, in bytes."""
-    value = options.get(name)
-    if value is None:
-        return None
-    size_bytes = as_sectors(value, name).bytes
-    if size_bytes > _LARGEST_FILE:
-        raise ArgumentError(name, value, "must be less than 8 EiB")
-    return size_bytes
-
-
-def _check(path: str | PathLike[str], options: LoopOptions) -> _Wish:
-    name = _text(path)
-    offset = _option(options, "offset") or 0
-    limit = _option(options, "size_limit")
-    if limit == 0:
-        raise ArgumentError("size_limit", options["size_limit"], "must be at least one sector")
-    block_size = _option(options, "block_size")
-    if block_size is not None and (not block_size or block_size & (block_size - 1)):
-        raise ArgumentError("block_size", options["block_size"], "must be a power of two, at least 512 bytes")
-    # Autoclear until all has gone well: so the kernel takes it back when, and however, this process stops half-way.
-    flags = _AUTOCLEAR
-    flags |= _READ_ONLY if options.get("read_only") else 0
-    flags |= _DIRECT_IO if options.get("direct_io") else 0
-    lo_name = os.fsencode(os.path.abspath(name))[:_NAME_LIMIT]
-    return _Wish(name, _Info(0, 0, offset, limit or 0, flags, lo_name), block_size or 0)
-
-
-def _configure(loop: int, file: int, wish: _Wish) -> None:
-    info = _INFO.pack(*wish.info)
-    _ioctl(loop, _CONFIGURE, _CONFIG.pack(file, wish.block_size, info))
-
-
-def _configure_in_steps(loop: int, file: int, wish: _Wish) -> None:
-    _ioctl(loop, _SET_FD, file)
-    try:
-        if wish.block_size:
-            _ioctl(loop, _SET_BLOCK_SIZE, wish.block_size)
-        wish.info.write(loop)
-    except BaseException:
-        _ioctl(loop, _CLR_FD, 0)  # after the last step, autoclear does that
-        raise
-    if wish.has(_DIRECT_IO):
-        with contextlib.suppress(OSError):  # whether it worked is read back afterwards, as it is for LOOP_CONFIGURE
-            _ioctl(loop, _SET_DIRECT_IO, 1)
-
-
-_WAYS: tuple[Callable[[int, int, _Wish], None], ...] = (_configure, _configure_in_steps)
-
-
-def _bind(loop: int, file: int, wish: _Wish) -> _FileId:
-    """Attach the file with autoclear, and see that all wishes came true; if not, to close *loop* takes it back."""
-    for way in _WAYS:
-        try:
-            way(loop, file, wish)
-            break
-        except OSError as error:  # a kernel before 5.8 answers EINVAL, but so does one that refuses the file
-            if way is _WAYS[-1] or error.errno not in (errno.EINVAL, errno.ENOTTY):
-                raise
-    info = _Info.read(loop)
-    if info.flags & _READ_ONLY and not wish.has(_READ_ONLY):
-        feature = f"writing to {wish.path} as a loop device"
-        raise UnsupportedError(feature, "a file that the kernel can write (or read_only)", "one that it can only read")
-    if wish.has(_DIRECT_IO) and not info.flags & _DIRECT_IO:
-        need = "a file system with O_DIRECT, and block_size and offset to suit the logical blocks of its disk"
-        raise UnsupportedError(f"direct I/O on {wish.path}", need, "a kernel that went back to the page cache")
-    return info.file
-
-
-def _claim(wish: _Wish) -> tuple[int, str, _FileId]:
-    """Attach to a free number; return the open loop device, set to autoclear, its node, and its file."""
-    access = os.O_RDONLY if wish.has(_READ_ONLY) else os.O_RDWR
-    with contextlib.ExitStack() as stack:
-        file = _open_file(wish.path, access, "loop-attach", block_device=True)
-        stack.callback(os.close, file)
-        if wish.info.offset and wish.info.offset >= os.lseek(file, 0, os.SEEK_END):
-            raise ArgumentError("offset", wish.info.offset, "must lie within the file")
-        control = _open_control()
-        stack.callback(os.close, control)
-        for attempt in range(_TRIES):
-            time.sleep(random.uniform(0, min(attempt * _PAUSE, _LONGEST_PAUSE)))  # noqa: S311 - parts rivals
-            number = _run("loop-attach", _CONTROL, lambda: fcntl.ioctl(control, _CTL_GET_FREE))
-            node = f"/dev/loop{number}"
-            try:
-                loop = _open_node(node, number, access)
-            except DeviceNotFoundError:
-                continue  # somebody has removed the free number again
-            try:
-                return loop, node, _bind(loop, file, wish)
-            except BaseException as error:
-                os.close(loop)
-                if not isinstance(error, OSError):
-                    raise
-                if error.errno != errno.EBUSY:
-                    raise from_task("loop-attach", wish.path, error.errno) from error
-    raise DeviceBusyError("loop-attach", wish.path, log=["others were first at every free number"])
-
-
-def _open_control() -> int:
-    try:
-        return os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-            raise from_task("loop-attach", _CONTROL, error.errno) from error
-        need = f"the loop driver (modprobe loop) and its node {_CONTROL}"
-        raise UnsupportedError("attaching a loop device", need, f"{_CONTROL}: {error.strerror}") from error
-
-
-def _open_node(node: str, number: int, access: int) -> int:
-    """Open the node of a loop device that the kernel has; make the node if nobody else does."""
-    deadline = time.monotonic() + _NODE_WAIT
-    while True:
-        expected = _device_of(number)
-        try:
-            loop = os.open(node, access | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            if time.monotonic() < deadline:
-                time.sleep(_PAUSE)
-            else:
-                _make_node(node, expected)
-        except OSError as error:
-            gone = error.errno in (errno.ENXIO, errno.ENODEV)
-            raise from_task("loop-attach", node, errno.ENXIO if gone else error.errno) from error
-        else:
-            found = os.fstat(loop)
-            if stat.S_ISBLK(found.st_mode) and found.st_rdev == expected:
-                return loop
-            os.close(loop)
-            raise StateError(node, f"is not the node of loop device {number}; remove it")
-
-
-def _make_node(node: str, device: int) -> None:
-    try:
-        os.mknod(node, stat.S_IFBLK | 0o600, device)
-    except FileExistsError:
-        return  # udev was late, not absent
-    except OSError as error:
-        have = f"none, and making it failed: {error.strerror}"
-        raise UnsupportedError(f"attaching {node}", "its node, which devtmpfs or udev makes", have) from error
-
-
-def _device_of(number: int) -> int:
-    try:
-        with open(f"/sys/block/loop{number}/dev", encoding="ascii") as dev:
-            return os.makedev(*ids.DeviceNumber.parse(dev.read().strip()))
-    except FileNotFoundError as error:
-        if os.path.exists("/sys/block"):
-            raise DeviceNotFoundError("loop-attach", f"/dev/loop{number}", errno.ENXIO) from error
-        return os.makedev(_MAJOR, number)  # true unless the driver was loaded with max_part
-
-
-def _attached_numbers() -> list[int]:
-    """Return the numbers that have a file; without sysfs, those that have a node."""
-    try:
-        names = [name for name in os.listdir("/sys/block") if os.path.exists(f"/sys/block/{name}/loop")]
-    except FileNotFoundError:
-        names = os.listdir("/dev")
-    return sorted(int(match[1]) for name in names if (match := _NODE_NAME.fullmatch(name)))
-
-
-def _backing_file(number: ids.DeviceNumber, info: _Info) -> tuple[str, bool]:
-    try:
-        with open(f"/sys/dev/block/{number}/loop/backing_file", "rb") as attribute:
-            name = attribute.read().removesuffix(b"\n")
-    except FileNotFoundError:  # no sysfs, or detached by now
-        name = info.name.split(b"\0", 1)[0]
-    text = os.fsdecode(name)
-    if text.endswith(_DELETED) and _file_id(text) != info.file:
-        return text.removesuffix(_DELETED), True
-    return text, False

@@ -5,20 +5,21 @@ The moments in which devices are suspended: one call of C over prepared tasks, w
 No Python runs while a device is suspended, so no exception, signal or thread can leave it so. A thread of its own
 makes the call and owns the memory that C works on; the caller waits for it. A suspend that the kernel holds
 beyond the deadline cannot be cancelled, so the caller gets its error and the thread stays behind: the moment the
-kernel lets go, it drops what was to be swapped in, and resumes. The thread keeps the process alive until then, since
-nothing else would ever resume the device.
+kernel lets go, it drops what was to be swapped in, and resumes. The process does not exit before that, since nothing
+else would ever resume the device.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dmlib import _ffi
+from dmlib._undo import Latch, outlast, start_thread
 from dmlib.errors import CleanupError, SuspendTimeoutError, TaskError
 from dmlib.task import Prepared, Task
 
@@ -27,10 +28,23 @@ if TYPE_CHECKING:
 
 _GATE_ABANDONED: Final = 2
 
+_running: Final[set[_Worker]] = set()
 _late: Final[dict[str, _Worker]] = {}
 """By device, the last section that was given up: what it suspends late, it clears and resumes."""
 
-os.register_at_fork(after_in_child=_late.clear)
+
+@atexit.register
+def _outlast_all() -> None:
+    for worker in tuple(_running):
+        outlast(worker.ended)
+
+
+def _forget() -> None:
+    _running.clear()
+    _late.clear()
+
+
+os.register_at_fork(after_in_child=_forget)  # threads stay behind in the parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +121,10 @@ def run_section(
         worker.start()
         given_up = not worker.called.wait(rest) and worker.abandon()
         if not given_up:
-            worker.finished.wait()  # not join(): interrupted, it would let the process end under the thread
+            worker.ended.wait()
     except BaseException:
         if not worker.abandon():
-            worker.outlast()
+            outlast(worker.called)  # messages and resumes are short
         raise
     if given_up:
         raise SuspendTimeoutError(holds[0].suspend.label, timeout or 0.0)
@@ -119,46 +133,45 @@ def run_section(
     return worker.held
 
 
-class _Worker(threading.Thread):
+class _Worker:
+    """A section in its thread; ``called`` is set when C is through with the devices, ``ended`` at the very end."""
+
     def __init__(self, holds: Sequence[Hold], messages: Sequence[Task], *, keep_suspended: bool) -> None:
-        super().__init__(name=f"dmlib-section-{holds[0].suspend.label}", daemon=False)
         self._lib, self._ffi = _ffi.connect()
         self._holds = holds
         self._messages = messages
         self._keep_suspended = keep_suspended
         self._gate: Any = self._ffi.new("int *")
-        self.called = threading.Event()
-        """C has returned; udev may have to be waited for."""
-        self.finished = threading.Event()
+        self.called = Latch()
+        self.ended = Latch()
         self.error: BaseException | None = None
         self.held = 0.0
 
+    def start(self) -> None:
+        start_thread(self._run, ())
+
     def abandon(self) -> bool:
         """Give up waiting; False if the last suspend is through, so that the end is near and must be awaited."""
-        _late.update((hold.suspend.label, self) for hold in self._holds)
         self._lib.dmlib_gate_abandon(self._gate)
+        if self in _running:  # else it has not begun, and will do nothing
+            _late.update((hold.suspend.label, self) for hold in self._holds)
         return bool(self._gate[0] == _GATE_ABANDONED)
 
-    def outlast(self) -> None:
-        """Wait for the end of the call, through any number of Ctrl-C: messages and resumes are short."""
-        while not self.called.is_set():
-            try:
-                self.called.wait()
-            except KeyboardInterrupt:  # the first one is on its way to the caller already
-                continue
-
-    def run(self) -> None:
+    def _run(self) -> None:
+        _running.add(self)
         try:
             with ExitStack() as stack:
                 self._call(stack)
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
             self.error = error
         finally:
-            self.called.set()
+            if not self.called.is_set:
+                self.called.set()
             for hold in self._holds:
                 if _late.get(hold.suspend.label) is self:
                     del _late[hold.suspend.label]
-            self.finished.set()
+            _running.discard(self)
+            self.ended.set()
 
     def _call(self, stack: ExitStack) -> None:
         def prepare(task: Task | None) -> Prepared | None:

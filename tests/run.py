@@ -61,7 +61,8 @@ class Tier:
             pytest += ["--color=yes"]
         if not self.guest:
             return pytest
-        # A guest sees the tree read-only, where two plugins want to write; a test that hangs must not take the others' results along.
+        # A guest sees the tree read-only, and two plugins want to write there. A test that hangs must not take the
+        # results of all others along.
         pytest += [
             "--require-kernel",
             "-p",

@@ -107,7 +107,8 @@ def test_without_permission():
     """Who may not open the driver is told so, each time anew; the refusal is not remembered for who may."""
     program = """
         import os
-        from dmlib import Device, DriverUnavailableError, MiB, Table, Zero, driver_version, list_devices
+        from dmlib import Device, DriverUnavailableError, driver_version, library_version, list_devices
+        library_version()  # loads what that user might not be able to read
         os.seteuid(65534)
         for verb in (driver_version, list_devices, Device("x").info, Device("x").exists, driver_version):
             try:
@@ -146,7 +147,8 @@ def test_without_a_control_node():
     """Where the node is missing but the driver is there, root has it made; others are told what to do."""
     program = """
         import os
-        from dmlib import DriverUnavailableError, driver_version, list_devices
+        from dmlib import DriverUnavailableError, driver_version, library_version, list_devices
+        library_version()  # loads what an ordinary user might not be able to read
         number = os.stat("/dev/mapper/control").st_rdev
         os.rename("/dev/mapper/control", "/dev/mapper/away")
         try:
@@ -158,6 +160,7 @@ def test_without_a_control_node():
             os.seteuid(0)
             print(driver_version() > (4, 0, 0), list_devices(), os.stat("/dev/mapper/control").st_rdev == number)
         finally:
+            os.seteuid(0)
             os.rename("/dev/mapper/away", "/dev/mapper/control")
     """
     assert child(program) == "2 True\nTrue [] True\n"

@@ -29,7 +29,7 @@ FLOORS = (
     {"targets.thin_pool"},
     {"targets"},
     {"table"},
-    {"_kmsg", "_control", "_undo"},
+    {"_kmsg", "_control", "_loopctl", "_undo"},
     {"_ffi"},
     {"udev"},
     {"task"},
