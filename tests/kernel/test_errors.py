@@ -109,7 +109,8 @@ def provoked(linear_device, unique_name):
 def without_sys_admin_from_the_start():
     program = """
         import os, pickle, sys
-        from dmlib import DriverUnavailableError, driver_version
+        from dmlib import DriverUnavailableError, driver_version, library_version
+        library_version()  # loads what an ordinary user might not be able to read
         os.seteuid(65534)
         try:
             driver_version()

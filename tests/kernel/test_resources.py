@@ -138,6 +138,7 @@ def test_hundreds_of_tasks_leave_nothing(busy_device):
 def test_a_failure_for_want_of_permission_does_not_last():
     """A process that may not open the control node is told so; once it may, the same process works."""
     code = """
+library_version()  # loads what an ordinary user might not be able to read
 os.setresuid(65534, 65534, 0)
 reasons = []
 for attempt in range(2):
