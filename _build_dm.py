@@ -230,9 +230,9 @@ static void dmlib_section(struct dmlib_hold *hold, int holds, struct dm_task **m
 /* Take a cookie down, whatever udev still owes it: a semaphore must not outlive the process that made it. */
 static void dmlib_cookie_discard(uint32_t cookie)
 {
-    int ready = 0;
+    int ready = 0, left = 1 << 16; /* a semaphore counts no further */
 
-    while (dm_udev_wait_immediate(cookie, &ready) && !ready)
+    while (left-- && dm_udev_wait_immediate(cookie, &ready) && !ready)
         if (!dm_udev_complete(cookie))
             break;
 }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 from dmlib import _ffi, blockdev, ids
+from dmlib._undo import Latch, start_thread
 from dmlib.errors import OutOfDataSpaceError, SuspendTimeoutError, from_task
 from dmlib.targets.thin_pool import PoolMode
 from dmlib.units import DataBlocks, Sectors
@@ -94,7 +95,7 @@ def write_back(device: ids.DeviceNumber, *, label: str, timeout: float | None, l
         TaskError: A file system or the device could not be synced.
     """
     failures: list[BaseException] = []
-    done = threading.Event()
+    done = Latch()
 
     def sync() -> None:
         try:
@@ -104,8 +105,8 @@ def write_back(device: ids.DeviceNumber, *, label: str, timeout: float | None, l
         finally:
             done.set()
 
-    # A daemon: nothing depends on it, and it may sit in the kernel for as long as the pool is full.
-    threading.Thread(target=sync, name=f"dmlib-sync-{label}", daemon=True).start()
+    # Nothing depends on the end of this thread, which may sit in the kernel for as long as the pool is full.
+    start_thread(sync, ())
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         rest = _LOOK_EVERY if deadline is None else min(_LOOK_EVERY, deadline - time.monotonic())

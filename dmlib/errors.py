@@ -221,7 +221,7 @@ class DeviceBusyError(TaskError):
     def __str__(self) -> str:
         if not self.users:
             return self._summary()
-        return _one_line(f"{self.operation} {self.device}: in use by {', '.join(self.users)}")
+        return _one_line(f"{self.operation} {self.device}: in use: {', '.join(self.users)}")
 
 
 class UdevTimeoutError(DmError):

@@ -96,7 +96,7 @@ class TestLife:
     def test_delete_active(self, thin):
         """An active device is not deleted; the error names it, and its data stays."""
         write(thin.path, b"stays")
-        with pytest.raises(DeviceBusyError, match=f"in use by the active device {thin.name}"):
+        with pytest.raises(DeviceBusyError, match=f"in use: the active device {thin.name}"):
             thin.delete()
         assert read(thin.path, 5) == b"stays"
 

@@ -182,7 +182,7 @@ def test_messages():
         == f"load a: {einval}; kernel, meanwhile: first"
     )
     assert str(TaskError("load", "a", None, log=["first", "l"])) == "load a: failed in libdevmapper; first"
-    assert str(DeviceBusyError("remove", "a", users=["b", "/mnt"])) == "remove a: in use by b, /mnt"
+    assert str(DeviceBusyError("remove", "a", users=["b", "/mnt"])) == "remove a: in use: b, /mnt"
     assert str(DeviceBusyError("remove", "a")) == f"remove a: {os.strerror(errno.EBUSY)}"
     assert str(SuspendTimeoutError("a", 30)) == "suspend of a did not finish within 30 s"
     assert (
