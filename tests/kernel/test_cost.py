@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 MARK = 0x2E01
 """A request that no driver knows, sent to a pipe: it tells the verbs apart in strace's record."""
 

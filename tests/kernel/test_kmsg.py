@@ -20,6 +20,8 @@ from dmlib import (
     _kmsg,
 )
 
+pytestmark = pytest.mark.once
+
 NO_SECTOR = Table.single(MiB(1), RawTarget("linear", "7:0 x"))
 TOO_FEW_WORDS = Table.single(MiB(1), RawTarget("linear", "7:0"))
 

@@ -30,6 +30,8 @@ from dmlib import (
 )
 from dmlib.targets.thin import METADATA_MAX, METADATA_MIN
 
+pytestmark = pytest.mark.once
+
 U64_MAX = (1 << 64) - 1
 ID_MAX = (1 << 24) - 1
 
