@@ -269,6 +269,7 @@ def test_a_storm_of_ctrl_c(verb, rounds, thin, linear_device):
             info = device.info()
             assert not info.suspended and not info.inactive_table, info
         step(5 + rounds + 1)  # and after the storm, calm
+        done += 1
         print(done, interrupted)
     """
     device = linear_device if verb == "reload" else thin.device
@@ -278,12 +279,13 @@ def test_a_storm_of_ctrl_c(verb, rounds, thin, linear_device):
         printed, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     done, interrupted = map(int, printed.split())
-    assert done + interrupted == rounds, printed
-    assert interrupted > 0, printed
+    assert done > 0, printed
+    assert done + interrupted == rounds + 1, printed
+    assert interrupted > rounds / 20, printed
     info = device.info()
     assert (info.suspended, info.inactive_table) == (False, False)
     if verb == "snapshot":  # each that was interrupted took its thin id back
-        assert len(thin_ids(thin)) == 1 + 5 + done + 1
+        assert len(thin_ids(thin)) == 1 + 5 + done
 
 
 def thin_ids(thin):
