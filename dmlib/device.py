@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from dmlib import ids
+from dmlib._asking import Asking
 from dmlib._undo import Undo, undisturbed
-from dmlib.errors import ArgumentError, DeviceBusyError, DeviceNotFoundError, StateError
+from dmlib.errors import ArgumentError, DeviceBusyError, StateError
 from dmlib.section import Hold, run_section, wait_for_late
-from dmlib.table import Table, status_from_entries
-from dmlib.task import DeviceInfo, Operation, Task
-from dmlib.udev import UdevFlags, node_path
+from dmlib.task import Operation, Task
+from dmlib.udev import UdevFlags
 from dmlib.usage import users_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dmlib.table import StatusSegment
+    from dmlib.table import Table
 
 SUSPEND_TIMEOUT: Final = 30.0
 """Seconds after which a suspend that the kernel does not finish is given up, unless told otherwise."""
@@ -40,7 +40,7 @@ _LONGEST_PAUSE: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Device(Asking):
     """
     A mapped device, named. Making the object asks the kernel nothing.
 
@@ -50,19 +50,6 @@ class Device:
     Raises:
         ArgumentError: No device can have this name.
     """
-
-    name: str
-
-    def __post_init__(self) -> None:
-        ids.check_name(self.name)
-
-    def __fspath__(self) -> str:
-        return self.path
-
-    @property
-    def path(self) -> str:
-        """Path of the device's node below ``/dev/mapper``, which exists from the first resume on."""
-        return node_path(self.name)
 
     # -- making and removing
 
@@ -359,84 +346,7 @@ class Device:
             load.run()
             run_section([swap], timeout=timeout)
 
-    # -- asking
-
-    def exists(self) -> bool:
-        """Return whether there is a device of this name; the one question about it that absence does not fail."""
-        try:
-            self.info()
-        except DeviceNotFoundError:
-            return False
-        return True
-
-    def info(self) -> DeviceInfo:
-        """
-        Return the state of the device.
-
-        Raises:
-            DeviceNotFoundError: There is no such device.
-
-        Cost: one ioctl.
-
-        Source: DM_DEV_STATUS.
-        """
-        return Task(Operation.INFO, name=self.name).run().device
-
-    def table(self, *, inactive: bool = False, strict: bool = False) -> Table | None:
-        """
-        Return the live table, or the inactive one; ``None`` if there is none.
-
-        Args:
-            inactive: Look at the table that waits for a resume.
-            strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
-
-        Raises:
-            DeviceNotFoundError: There is no such device.
-            ParseError: In strict mode.
-
-        Minimum driver: 4.16 (Linux 2.6.32) for *inactive*.
-
-        Cost: one ioctl.
-
-        Source: DM_TABLE_STATUS with DM_STATUS_TABLE_FLAG.
-        """
-        lines = Task(Operation.TABLE, name=self.name, inactive=inactive).run().lines
-        return Table.from_entries(lines, strict=strict) if lines else None
-
-    def status(self, *, flush: bool = False, strict: bool = False) -> tuple[StatusSegment, ...]:
-        """
-        Return the status of each segment; empty without a live table.
-
-        Args:
-            flush: Let a thin pool commit its metadata first, as ``dmsetup status`` does. That writes, and may have
-                to wait; without it the call always answers at once.
-            strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
-
-        Raises:
-            DeviceNotFoundError: There is no such device.
-            ParseError: In strict mode.
-
-        Cost: one ioctl.
-
-        Source: DM_TABLE_STATUS.
-        """
-        return status_from_entries(Task(Operation.STATUS, name=self.name, flush=flush).run().lines, strict=strict)
-
-    def deps(self, *, inactive: bool = False) -> tuple[ids.DeviceNumber, ...]:
-        """
-        Return the devices that the table stands on.
-
-        Args:
-            inactive: Ask about the table that waits for a resume.
-
-        Raises:
-            DeviceNotFoundError: There is no such device.
-
-        Cost: one ioctl.
-
-        Source: DM_TABLE_DEPS.
-        """
-        return Task(Operation.DEPS, name=self.name, inactive=inactive).run().deps
+    # -- messages
 
     def message(self, text: str, *, sector: int = 0) -> str | None:
         """

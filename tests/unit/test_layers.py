@@ -33,7 +33,7 @@ FLOORS = (
     {"_ffi"},
     {"udev"},
     {"task"},
-    {"section", "driver", "usage"},
+    {"section", "driver", "usage", "_asking"},
     {"blockdev"},
     {"loop"},
     {"device"},

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""
+What a mapped device can be asked. Nothing here changes one.
+
+:class:`dmlib.Device` adds the verbs that do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dmlib import ids
+from dmlib.errors import DeviceNotFoundError
+from dmlib.table import Table, status_from_entries
+from dmlib.task import Operation, Task
+from dmlib.udev import node_path
+
+if TYPE_CHECKING:
+    from dmlib.table import StatusSegment
+    from dmlib.task import DeviceInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """The asking half of a device: a name, and the questions that it answers."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        ids.check_name(self.name)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    @property
+    def path(self) -> str:
+        """Path of the device's node below ``/dev/mapper``, which exists from the first resume on."""
+        return node_path(self.name)
+
+    def exists(self) -> bool:
+        """Return whether there is a device of this name; the one question about it that absence does not fail."""
+        try:
+            self.info()
+        except DeviceNotFoundError:
+            return False
+        return True
+
+    def info(self) -> DeviceInfo:
+        """
+        Return the state of the device.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+
+        Cost: one ioctl.
+
+        Source: DM_DEV_STATUS.
+        """
+        return Task(Operation.INFO, name=self.name).run().device
+
+    def table(self, *, inactive: bool = False, strict: bool = False) -> Table | None:
+        """
+        Return the live table, or the inactive one; ``None`` if there is none.
+
+        Args:
+            inactive: Look at the table that waits for a resume.
+            strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            ParseError: In strict mode.
+
+        Minimum driver: 4.16 (Linux 2.6.32) for *inactive*.
+
+        Cost: one ioctl.
+
+        Source: DM_TABLE_STATUS with DM_STATUS_TABLE_FLAG.
+        """
+        lines = Task(Operation.TABLE, name=self.name, inactive=inactive).run().lines
+        return Table.from_entries(lines, strict=strict) if lines else None
+
+    def status(self, *, flush: bool = False, strict: bool = False) -> tuple[StatusSegment, ...]:
+        """
+        Return the status of each segment; empty without a live table.
+
+        Args:
+            flush: Let a thin pool commit its metadata first, as ``dmsetup status`` does. That writes, and may have
+                to wait; without it the call always answers at once.
+            strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            ParseError: In strict mode.
+
+        Cost: one ioctl.
+
+        Source: DM_TABLE_STATUS.
+        """
+        return status_from_entries(Task(Operation.STATUS, name=self.name, flush=flush).run().lines, strict=strict)
+
+    def deps(self, *, inactive: bool = False) -> tuple[ids.DeviceNumber, ...]:
+        """
+        Return the devices that the table stands on.
+
+        Args:
+            inactive: Ask about the table that waits for a resume.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+
+        Cost: one ioctl.
+
+        Source: DM_TABLE_DEPS.
+        """
+        return Task(Operation.DEPS, name=self.name, inactive=inactive).run().deps
