@@ -5,10 +5,10 @@ Device mapper for Python: typed, exception-raising, udev-correct.
 Importing dmlib opens nothing, needs no privilege and no driver, and loads a module only when a name of it is used.
 """
 
+from dmlib._lazy import importer
+
 TYPE_CHECKING = False  # what typing's is to type checkers, without the cost of importing typing
 if TYPE_CHECKING:
-    from typing import Any
-
     from dmlib.device import Device as Device
     from dmlib.driver import ListedDevice as ListedDevice
     from dmlib.driver import driver_version as driver_version
@@ -117,17 +117,7 @@ _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - they are strings
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and so a name that is not there
-
-    def __getattr__(name: str) -> "Any":
-        home = _HOMES.get(name)
-        if home is None:
-            msg = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(msg)
-        from importlib import import_module  # noqa: PLC0415 - only once something is used
-
-        value = getattr(import_module(f"{__name__}.{home}"), name)
-        globals()[name] = value
-        return value
+    __getattr__ = importer(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

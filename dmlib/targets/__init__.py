@@ -8,9 +8,9 @@ is first met: classes cost time to make, and most programs use few of them.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from dmlib._lazy import importer
 from dmlib.errors import ParseError
 
 if TYPE_CHECKING:
@@ -60,27 +60,35 @@ _HOMES: Final = {name: module for module, names in _NAMES.items() for name in na
 __all__ = ["parse_status", "parse_target", "target_class", *_HOMES]  # noqa: PLE0604 - they are strings
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importer(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
+def _class(name: str) -> Any:
+    return globals().get(name) or __getattr__(name)
+
+
 def target_class(type_name: str) -> type[Target] | None:
     """Return the class for the target type that the kernel calls *type_name*; ``None`` if dmlib has none."""
     name = _TYPES.get(type_name)
-    if name is None:
-        return None
-    cls: type[Target] = globals().get(name) or __getattr__(name)
+    cls: type[Target] | None = None if name is None else _class(name)
     return cls
+
+
+def _read(type_name: str, reader: str, params: str, *, strict: bool) -> tuple[Any, str | None]:
+    """Let the target's class read a line; without a class ``(None, None)``, with a broken line what is wrong."""
+    cls = target_class(type_name)
+    if cls is None:
+        return None, None
+    try:
+        return getattr(cls, reader)(params), None
+    except ParseError as error:
+        if strict:
+            raise
+        return None, str(error)
 
 
 def parse_target(type_name: str, params: str, *, strict: bool = False) -> Target:
@@ -99,16 +107,8 @@ def parse_target(type_name: str, params: str, *, strict: bool = False) -> Target
     Raises:
         ParseError: In strict mode: a known type, but not its grammar.
     """
-    cls = target_class(type_name)
-    problem = None
-    if cls is not None:
-        try:
-            return cls.from_params(params)
-        except ParseError as error:
-            if strict:
-                raise
-            problem = str(error)
-    return (globals().get("RawTarget") or __getattr__("RawTarget"))(type_name, params, problem)  # type: ignore[no-any-return]
+    target, problem = _read(type_name, "from_params", params, strict=strict)
+    return target or _class("RawTarget")(type_name, params, problem)  # type: ignore[no-any-return]
 
 
 def parse_status(type_name: str, params: str, *, strict: bool = False) -> Status:
@@ -127,14 +127,5 @@ def parse_status(type_name: str, params: str, *, strict: bool = False) -> Status
     Raises:
         ParseError: In strict mode: a known type, but not its grammar.
     """
-    cls = target_class(type_name)
-    problem = None
-    if cls is not None:
-        try:
-            return cls.parse_status(params)
-        except ParseError as error:
-            if strict:
-                raise
-            problem = str(error)
-    raw_status = globals().get("RawStatus") or __getattr__("RawStatus")
-    return raw_status(params, type_name=type_name, problem=problem)  # type: ignore[no-any-return]
+    status, problem = _read(type_name, "parse_status", params, strict=strict)
+    return status or _class("RawStatus")(params, type_name=type_name, problem=problem)  # type: ignore[no-any-return]

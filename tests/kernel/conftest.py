@@ -18,7 +18,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dmlib import Device, DeviceNumber, KiB, Linear, LoopDevice, MiB, Sectors, Table, ThinDevice, ThinPool, list_devices
+from dmlib import (
+    Device,
+    DeviceNumber,
+    KiB,
+    Linear,
+    LoopDevice,
+    MiB,
+    RawTarget,
+    Sectors,
+    Table,
+    ThinDevice,
+    ThinPool,
+    _loopctl,
+    create_sparse_file,
+    list_devices,
+)
+from kernel_kit import DELAY_MS, slow_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,6 +122,22 @@ def sparse_file(tmp_path: Path) -> Callable[[Sectors], Path]:
     return make
 
 
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A sparse file of 8 MiB."""
+    path = tmp_path / "file"
+    create_sparse_file(path, MiB(8))
+    return path
+
+
+@pytest.fixture(params=["one step", "many steps"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Attach loop devices by LOOP_CONFIGURE, and as on a kernel that does not have it."""
+    ways = {"one step": _loopctl._in_one_step, "many steps": _loopctl._in_several_steps}
+    monkeypatch.setattr(_loopctl, "_WAYS", (ways[request.param],))
+    return str(request.param)
+
+
 @dataclass
 class Loop:
     """A loop device and its file."""
@@ -168,6 +200,20 @@ def linear_device(loop_device: Callable[[Sectors], Loop], unique_name: Callable[
     yield device
     if device.exists():
         device.remove()
+
+
+@pytest.fixture
+def slow(
+    loop_device: Callable[[Sectors], Loop], unique_name: Callable[..., str], request: pytest.FixtureRequest
+) -> Iterator[tuple[Device, Device]]:
+    """A linear device over one that delays each write, so that a flushing suspend has to wait as long."""
+    number = loop_device(MiB(4)).number
+    target = RawTarget("delay", f"{number} 0 0 {number} 0 {getattr(request, 'param', DELAY_MS)}")
+    below = Device.create(unique_name("-delay"), Table.single(MiB(4), target))
+    device = Device.create(unique_name("-slow"), slow_table(below, Sectors(0)))
+    yield device, below
+    device.remove()
+    below.remove()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Exceptions and Ctrl-C while a device is suspended, or is about to be: it is resumed, and the caller hears of it."""
 
-import mmap
 import os
 import signal
 import subprocess
@@ -13,75 +12,15 @@ import time
 import pytest
 
 from dmlib import (
-    Device,
-    Linear,
     MiB,
-    RawTarget,
-    Sectors,
     StateError,
     Table,
     TargetRefusedError,
     Zero,
 )
+from kernel_kit import unbuffered_write, undisturbed, wait_until
 
 ZERO = Table.single(MiB(1), Zero())
-DELAY_MS = 1500
-
-
-def wait_until(true, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.005)
-
-
-def unbuffered_write(path):
-    """Start one O_DIRECT write, which the kernel has in flight when this returns, and return its thread."""
-    block = mmap.mmap(-1, 4096)
-    block.write(b"x" * 4096)
-
-    def write():
-        descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        try:
-            os.pwrite(descriptor, block, 0)
-        finally:
-            os.close(descriptor)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    number = os.stat(path).st_rdev
-    inflight = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/inflight"
-
-    def in_flight():
-        with open(inflight, encoding="ascii") as file:
-            return int(file.read().split()[1]) > 0
-
-    wait_until(in_flight)
-    assert thread.is_alive()
-    return thread
-
-
-@pytest.fixture
-def slow(loop_device, unique_name):
-    """A linear device over one that delays each write by 1.5 s, so that a flushing suspend has to wait as long."""
-    number = loop_device(MiB(4)).number
-    target = RawTarget("delay", f"{number} 0 0 {number} 0 {DELAY_MS}")
-    below = Device.create(unique_name("-delay"), Table.single(MiB(4), target))
-    device = Device.create(unique_name("-slow"), slow_table(below, Sectors(0)))
-    yield device, below
-    device.remove()
-    below.remove()
-
-
-def slow_table(below, offset):
-    return Table.single(MiB(2), Linear(below.info().number, offset))
-
-
-def undisturbed(device, table):
-    """The device serves I/O with *table* and has nothing waiting."""
-    info = device.info()
-    assert (info.suspended, info.inactive_table) == (False, False)
-    assert device.table() == table
 
 
 # -- suspended(), where Python runs

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import resource
-import subprocess
 import threading
 
 import pytest
@@ -20,29 +18,8 @@ from dmlib.errors import (
 )
 from dmlib.ids import DeviceNumber
 from dmlib.loop import LoopDevice, create_sparse_file, grow_sparse_file
-from dmlib.units import KiB, MiB, Sectors
-
-
-def tool(*words):
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
-
-
-def attached():
-    """Return what losetup says is attached, by node."""
-    output = tool("losetup", "-l", "-J")
-    return {entry["name"]: entry for entry in json.loads(output)["loopdevices"]} if output else {}
-
-
-def sectors_of(loop):
-    return Sectors(int(tool("blockdev", "--getsz", loop.path)))
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "file"
-    create_sparse_file(path, MiB(8))
-    return path
-
+from dmlib.units import KiB, MiB
+from kernel_kit import attached, sectors_of, tool
 
 # -- identity
 

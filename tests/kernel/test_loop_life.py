@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -24,51 +23,8 @@ from dmlib.errors import (
 )
 from dmlib.ids import DeviceNumber
 from dmlib.loop import LoopDevice, create_sparse_file
-from dmlib.units import KiB, MiB, Sectors
-
-
-def tool(*words):
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
-
-
-def attached():
-    """Return what losetup says is attached, by node."""
-    output = tool("losetup", "-l", "-J")
-    return {entry["name"]: entry for entry in json.loads(output)["loopdevices"]} if output else {}
-
-
-def goes(node):
-    """Return whether a device is detached by itself; udev may keep it for a moment."""
-    deadline = time.monotonic() + 5
-    while os.path.exists(f"/sys/block/{os.path.basename(node)}/loop"):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def found_no_more(path):
-    return all(goes(loop.path) for loop in LoopDevice.find(path))
-
-
-def sectors_of(loop):
-    return Sectors(int(tool("blockdev", "--getsz", loop.path)))
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "file"
-    create_sparse_file(path, MiB(8))
-    return path
-
-
-@pytest.fixture(params=["one step", "many steps"])
-def way(request, monkeypatch):
-    """Attach by LOOP_CONFIGURE, and as on a kernel that does not have it."""
-    ways = {"one step": _loopctl._in_one_step, "many steps": _loopctl._in_several_steps}
-    monkeypatch.setattr(_loopctl, "_WAYS", (ways[request.param],))
-    return request.param
-
+from dmlib.units import KiB, MiB
+from kernel_kit import attached, found_no_more, goes, sectors_of, tool
 
 # -- numbers and nodes
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """While a device is suspended: every way out of it, on a kernel that really refuses and really waits."""
 
-import mmap
 import os
 import threading
 import time
@@ -27,70 +26,14 @@ from dmlib import (
     section,
 )
 from dmlib.section import Hold, run_section
+from kernel_kit import slow_table, unbuffered_write, undisturbed, wait_until
 
 ZERO = Table.single(MiB(1), Zero())
-DELAY_MS = 1500
-
-
-def wait_until(true, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.005)
 
 
 def sections():
     """The devices of the sections that run in this process, given up or not."""
     return [hold.suspend.name for worker in tuple(section._running) for hold in worker._holds]
-
-
-def unbuffered_write(path):
-    """Start one O_DIRECT write, which the kernel has in flight when this returns, and return its thread."""
-    block = mmap.mmap(-1, 4096)
-    block.write(b"x" * 4096)
-
-    def write():
-        descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        try:
-            os.pwrite(descriptor, block, 0)
-        finally:
-            os.close(descriptor)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    number = os.stat(path).st_rdev
-    inflight = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/inflight"
-
-    def in_flight():
-        with open(inflight, encoding="ascii") as file:
-            return int(file.read().split()[1]) > 0
-
-    wait_until(in_flight)
-    assert thread.is_alive()
-    return thread
-
-
-@pytest.fixture
-def slow(loop_device, unique_name, request):
-    """A linear device over one that delays each write (1.5 s), so that a flushing suspend has to wait as long."""
-    number = loop_device(MiB(4)).number
-    target = RawTarget("delay", f"{number} 0 0 {number} 0 {getattr(request, 'param', DELAY_MS)}")
-    below = Device.create(unique_name("-delay"), Table.single(MiB(4), target))
-    device = Device.create(unique_name("-slow"), slow_table(below, Sectors(0)))
-    yield device, below
-    device.remove()
-    below.remove()
-
-
-def slow_table(below, offset):
-    return Table.single(MiB(2), Linear(below.info().number, offset))
-
-
-def undisturbed(device, table):
-    """The device serves I/O with *table* and has nothing waiting."""
-    info = device.info()
-    assert (info.suspended, info.inactive_table) == (False, False)
-    assert device.table() == table
 
 
 # -- a refusal on the way
