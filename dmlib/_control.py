@@ -35,6 +35,8 @@ _ENTRY_HAS_UUID: Final = 1
 _ENTRY_HAS_NO_UUID: Final = 2
 _EVENT_NR_SINCE: Final = (4, 37, 0)
 
+_DESCRIPTORS_OF_LIBDEVMAPPER: Final = 3  # at the most at once, as it starts
+
 _first_buffer = 1 << 16  # grows with the system and stays grown, so that listing settles at one ioctl
 
 
@@ -99,7 +101,11 @@ def probe() -> tuple[int, int, int]:
     if not os.path.exists(CONTROL_NODE) and os.geteuid() == 0 and _driver_in_kernel():
         return (4, 0, 0)  # libdevmapper makes the node; where the driver is there, that is what is wanted
     descriptor = _open()
+    opened = [descriptor]
     try:
+        # Out of descriptors on its first try, libdevmapper would refuse for the rest of the process.
+        for _ in range(_DESCRIPTORS_OF_LIBDEVMAPPER):
+            opened.append(os.dup(descriptor))  # noqa: PERF401 - each is closed, whichever fails
         if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
             raise _unavailable(None, f"{CONTROL_NODE} is not a device node")
         buffer = _request(_HEADER.size)
@@ -107,9 +113,10 @@ def probe() -> tuple[int, int, int]:
     except OSError as error:
         if isinstance(error, DriverUnavailableError):
             raise
-        raise _unavailable(error.errno, f"the driver does not answer: {error.strerror}") from error
+        raise _unavailable(error.errno, f"the driver cannot be asked: {error.strerror}") from error
     finally:
-        os.close(descriptor)
+        for one in opened:
+            os.close(one)
     return struct.unpack_from("=3I", buffer)
 
 

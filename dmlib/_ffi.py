@@ -216,7 +216,9 @@ def _connect(lib: Library, ffi: Any) -> None:
         if task:
             lib.dmlib_run(task, outcome)
         if outcome[0] != 1:
-            raise DriverUnavailableError(None, "libdevmapper and the driver do not agree", take_log()[1])
+            said = take_log()[1]
+            reason = f"libdevmapper cannot use it{': ' if said else ''}{''.join(said[:1])}"
+            raise DriverUnavailableError(None, reason, said)
     finally:
         if task:
             lib.dm_task_destroy(task)

@@ -177,10 +177,15 @@ def device_number(device: str | PathLike[str] | DeviceNumber, field: str = "devi
 
     Raises:
         ArgumentError: Nothing is there, or it is not a block device.
+        TypeError: Neither a number nor a path.
     """
     if isinstance(device, DeviceNumber):
         return device
-    path = os.fspath(device)
+    try:
+        path = os.fspath(device)
+    except TypeError:
+        kind = type(device).__name__
+        raise TypeError(f"{field} must be a DeviceNumber, a path or something with a path, not {kind}") from None
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:

@@ -203,3 +203,26 @@ def test_a_missing_control_node_is_made_where_the_driver_is():
     done = subprocess.run([*words, sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "4 ['control']\n"
+
+
+SHORT_OF_DESCRIPTORS = """
+import resource
+from dmlib import _ffi
+_ffi.load()
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+said = []
+for limit in (*range(3, 12), most):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    try:
+        device.info()
+    except DmError as error:
+        said.append(type(error).__name__)
+print(json.dumps(said))
+"""
+
+
+def test_few_descriptors_at_the_start_do_no_lasting_harm(busy_device):
+    """A process that is out of descriptors at its first try can use the driver once it has some."""
+    said = program(SHORT_OF_DESCRIPTORS, busy_device.name)
+    assert set(said) == {"DriverUnavailableError"}
+    assert 1 <= len(said) <= 6

@@ -215,3 +215,10 @@ def test_device_number_of_something_else(path, rule):
         ids.device_number(path, "data_device")
     assert caught.value.rule == rule
     assert caught.value.field == "data_device"
+
+
+@pytest.mark.parametrize("thing", [None, 7, 1.5, ["/dev/loop0"]])
+def test_device_number_of_no_path(thing):
+    """What is neither a number nor a path is refused with the argument's name."""
+    with pytest.raises(TypeError, match=r"^data_device must be a DeviceNumber, a path"):
+        ids.device_number(thing, "data_device")
