@@ -186,7 +186,7 @@ class Scribbler(threading.Thread):
         os.close(self.directory)
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_under_a_writer(thin, mounted, mount, sh, rounds):
     """Each snapshot of a mounted file system under a writer is clean, and holds what was synced before it."""
     overtaken = 0
