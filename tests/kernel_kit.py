@@ -5,8 +5,10 @@ import json
 import mmap
 import os
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 from dmlib import Linear, LoopDevice, MiB, Sectors, Table
 
@@ -95,3 +97,51 @@ def unbuffered_write(path):
     wait_until(in_flight)
     assert thread.is_alive()
     return thread
+
+
+# -- udev and other processes
+
+MAKE_AND_SHOW = """
+import os, stat, sys
+from dmlib import Device, MiB, Table, Zero, set_udev
+exec(sys.argv[2])
+device = Device.create(sys.argv[1], Table.single(MiB(1), Zero()))
+print(os.stat(device.path).st_rdev == os.makedev(*device.info().number))
+other = device.rename(sys.argv[1] + "-renamed")
+print(os.path.lexists(device.path), os.stat(other.path).st_rdev == os.makedev(*other.info().number))
+other.remove()
+print(os.path.lexists(other.path))
+"""
+
+
+def semaphores():
+    """Return the kernel's list of semaphores, cookies among them."""
+    return Path("/proc/sysvipc/sem").read_text(encoding="ascii").splitlines()[1:]
+
+
+def settle():
+    """Wait until udev has nothing left to do."""
+    subprocess.run(["udevadm", "settle", "--timeout=60"], check=True)
+
+
+def link(name):
+    """Return where udev's link points; the node itself would be a block device."""
+    return os.readlink(f"/dev/mapper/{name}")
+
+
+def child(code, *words, env=None, under=()):
+    """Start a Python program that uses dmlib."""
+    return subprocess.Popen(
+        [*under, sys.executable, "-c", code, *words],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def output(process):
+    """Return what a child printed, once it has ended well."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out

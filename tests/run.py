@@ -67,8 +67,6 @@ class Tier:
             "no:cacheprovider",
             "-p",
             "no:hypothesispytest",
-            "-p",
-            "no:hypothesispytest",
             f"--timeout={TEST_LIMIT}",
         ]
         limit = ["--timeout", str(self.limit), "--env", "PYTHONDONTWRITEBYTECODE=1"]
@@ -93,6 +91,14 @@ TIERS = (
     Tier(name="runner", group="runner", paths=("tests/testing",)),
     Tier(name="harsh, without udev", group="harsh", paths=KERNEL, marks="slow", guest=UML, limit=3600),
     Tier(name="harsh, with udev", group="harsh", paths=KERNEL, marks="slow", guest=(*UML, "--udev"), limit=3600),
+    Tier(
+        name="harsh, stock kernel with udev and two processors",
+        group="harsh",
+        paths=KERNEL,
+        marks="slow and concurrency",
+        guest=QEMU,
+        limit=3600,
+    ),
 )
 
 
