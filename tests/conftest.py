@@ -37,7 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"{error}; make test boots a kernel that has it"))
         return
     elsewhere = "once" if _udev_runs() else "udev"
-    wrong_world = [item for item in kernel_items if item.get_closest_marker(elsewhere)]
+    wrong_world = [
+        item
+        for item in kernel_items
+        if item.get_closest_marker(elsewhere) and not item.get_closest_marker("concurrency")
+    ]
     if wrong_world:  # they run in the other guest
         config.hook.pytest_deselected(items=wrong_world)
         items[:] = [item for item in items if item not in wrong_world]

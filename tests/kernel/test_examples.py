@@ -73,6 +73,7 @@ def test_quickstart():
     assert figures["write 32 KiB to the snapshot across a boundary"] == 2
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("playground")
 def test_quickstart_notices():
     """The quickstart fails, names the figure and takes everything down when a figure is off."""
@@ -97,6 +98,7 @@ def interrupted(process):
     assert (process.returncode, errors) == (130, "quickstart: interrupted; everything was taken down\n")
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("playground")
 def test_quickstart_interrupted_in_a_copy():
     """Ctrl-C while the quickstart copies files into a mounted file system leaves nothing."""
@@ -111,6 +113,7 @@ def test_quickstart_interrupted_in_a_copy():
         interrupted(process)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("playground")
 def test_quickstart_interrupted_while_full():
     """Ctrl-C while a write waits for space in the full pool ends the writer and leaves nothing."""

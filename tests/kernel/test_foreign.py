@@ -15,6 +15,8 @@ import pytest
 from dmlib import Device, DeviceBusyError, DeviceExistsError, MiB, Sectors, StateError, ThinDevice, ThinPool
 from dmlib.task import Task
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def dmsetup_thin(pool, unique_name, sh):

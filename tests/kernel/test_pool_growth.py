@@ -26,6 +26,8 @@ from dmlib import (
     Table,
 )
 
+pytestmark = pytest.mark.once
+
 
 def fill(path, size, seed):
     """Write pseudo-random data and return its checksum."""

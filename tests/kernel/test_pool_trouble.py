@@ -30,6 +30,8 @@ from dmlib import (
     ThinPool,
 )
 
+pytestmark = pytest.mark.once
+
 SIZE = MiB(4)
 
 

@@ -28,6 +28,8 @@ from dmlib import (
 from dmlib.section import Hold, run_section
 from kernel_kit import slow_table, unbuffered_write, undisturbed, wait_until
 
+pytestmark = pytest.mark.once
+
 ZERO = Table.single(MiB(1), Zero())
 
 
