@@ -38,7 +38,8 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dmlib.testing")
+    name = os.path.basename(sys.argv[0])
+    parser = argparse.ArgumentParser(prog="python -m dmlib.testing" if name == "__main__.py" else name)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser(
         "kernel",
