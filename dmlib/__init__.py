@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from dmlib.loop import LoopStatus as LoopStatus
     from dmlib.loop import create_sparse_file as create_sparse_file
     from dmlib.loop import grow_sparse_file as grow_sparse_file
+    from dmlib.owners import LvmName as LvmName
+    from dmlib.owners import Owner as Owner
+    from dmlib.owners import join_lvm_name as join_lvm_name
+    from dmlib.owners import owner_of as owner_of
+    from dmlib.owners import split_lvm_name as split_lvm_name
     from dmlib.table import Segment as Segment
     from dmlib.table import StatusSegment as StatusSegment
     from dmlib.table import Table as Table
@@ -91,6 +96,7 @@ __version__ = "0.1.0.dev0"
 _ROOMS = {
     "units": "DataBlocks GiB KiB MetaBlocks MiB Sectors Size TiB format_bytes",
     "ids": "DeviceNumber",
+    "owners": "LvmName Owner join_lvm_name owner_of split_lvm_name",
     "errors": (
         "ArgumentError CleanupError DeviceBusyError DeviceExistsError DeviceNotFoundError DmError "
         "DriverUnavailableError OutOfDataSpaceError OutOfMetadataSpaceError ParseError PermissionDeniedError "

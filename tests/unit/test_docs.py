@@ -13,7 +13,7 @@ import pytest
 import dmlib
 
 TREE = Path(__file__).parents[2]
-PURE = ("units", "ids", "errors", "table", "targets")
+PURE = ("units", "ids", "owners", "errors", "table", "targets")
 PURE_MODULES = [f"dmlib.{name}" for name in PURE]
 PURE_MODULES += [f"dmlib.targets.{path.stem}" for path in sorted((TREE / "dmlib/targets").glob("[!_]*.py"))]
 REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((TREE / "docs/reference").glob("*.rst")))

@@ -24,6 +24,7 @@ ROOT = Path(dmlib.__file__).parent
 FLOORS = (
     {"errors", "_lazy"},
     {"units", "ids"},
+    {"owners"},
     {"targets._base"},
     {"targets.linear", "targets.striped", "targets.simple", "targets.thin"},
     {"targets.thin_pool"},
@@ -42,7 +43,7 @@ FLOORS = (
     {"_pool_life"},
     {"thin"},
 )
-PURE = {"errors", "_lazy", "units", "ids", "table"}
+PURE = {"errors", "_lazy", "units", "ids", "owners", "table"}
 PRINTERS = ("testing", "cli", "__main__")
 USERS = {"testing.fixtures", "testing.world"}  # run where there is a device mapper
 LAZY = {"_lazy"}  # imports by name, on first use
