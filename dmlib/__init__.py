@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dmlib.errors import DeviceNotFoundError as DeviceNotFoundError
     from dmlib.errors import DmError as DmError
     from dmlib.errors import DriverUnavailableError as DriverUnavailableError
+    from dmlib.errors import ForeignDeviceError as ForeignDeviceError
     from dmlib.errors import OutOfDataSpaceError as OutOfDataSpaceError
     from dmlib.errors import OutOfMetadataSpaceError as OutOfMetadataSpaceError
     from dmlib.errors import ParseError as ParseError
@@ -99,7 +100,7 @@ _ROOMS = {
     "owners": "LvmName Owner join_lvm_name owner_of split_lvm_name",
     "errors": (
         "ArgumentError CleanupError DeviceBusyError DeviceExistsError DeviceNotFoundError DmError "
-        "DriverUnavailableError OutOfDataSpaceError OutOfMetadataSpaceError ParseError PermissionDeniedError "
+        "DriverUnavailableError ForeignDeviceError OutOfDataSpaceError OutOfMetadataSpaceError ParseError PermissionDeniedError "
         "PoolError PoolFailedError PoolNeedsCheckError PoolReadOnlyError StateError SuspendTimeoutError "
         "TargetRefusedError TaskError UdevTimeoutError UnsupportedError"
     ),

@@ -44,14 +44,15 @@ class LivePool:
 
     Args:
         name: Name of the pool's mapped device.
+        foreign: See :class:`dmlib.Device`.
 
     Raises:
         DeviceNotFoundError: There is no such device.
         StateError: It is not a thin pool.
     """
 
-    def __init__(self, name: str) -> None:
-        self.device: Final = Device(name)
+    def __init__(self, name: str, *, foreign: bool = False) -> None:
+        self.device: Final = Device(name, foreign=foreign)
         target = self.target()
         self.metadata_device: Final = ids.device_number(target.metadata_device)
         self.data_device: Final = ids.device_number(target.data_device)
@@ -61,12 +62,14 @@ class LivePool:
         return f"{type(self).__name__}({self.name!r})"
 
     @classmethod
-    def open(cls, name: str) -> Self:
+    def open(cls, name: str, *, foreign: bool = False) -> Self:
         """
         Take hold of a live pool, whoever made it; nothing is changed.
 
         Args:
             name: Name of the pool's mapped device, as in ``/dev/mapper``.
+            foreign: Allow changes to a pool, and to its thin devices, that its uuid says is another program's, such
+                as LVM's. Its owner does not get to know of them.
 
         Raises:
             DeviceNotFoundError: There is no such device.
@@ -74,7 +77,7 @@ class LivePool:
 
         Cost: one ioctl.
         """
-        return cls(name)
+        return cls(name, foreign=foreign)
 
     @property
     def name(self) -> str:

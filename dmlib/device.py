@@ -12,11 +12,12 @@ from __future__ import annotations
 import secrets
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Self
 
 from dmlib import ids
 from dmlib._asking import Asking
+from dmlib._guard import refuse_foreign
 from dmlib._undo import Undo, undisturbed
 from dmlib.errors import ArgumentError, DeviceBusyError, StateError
 from dmlib.section import Hold, run_section, wait_for_late
@@ -44,12 +45,23 @@ class Device(Asking):
     """
     A mapped device, named. Making the object asks the kernel nothing.
 
+    Its verbs that change a device see to it that it is nobody else's: see *foreign*.
+
     Args:
         name: Its name, without directory.
+        foreign: Let the verbs that change a device do so although its uuid names another program as its owner
+            (LVM, cryptsetup, multipath ...). Without, they raise ForeignDeviceError before they change anything.
 
     Raises:
         ArgumentError: No device can have this name.
     """
+
+    foreign: bool = field(default=False, compare=False, kw_only=True)
+
+    def _mine(self, verb: str) -> None:
+        """Refuse a device of others, unless the caller has said that it may be changed."""
+        if not self.foreign:
+            refuse_foreign(verb, self.name)
 
     # -- making and removing
 
@@ -69,7 +81,8 @@ class Device(Asking):
         Args:
             name: Its name.
             table: Its table. Without one the device has no size and no node until it is loaded and resumed.
-            uuid: Its uuid, which it keeps for life.
+            uuid: Its uuid, which it keeps for life; by default a random one that tells dmlib's own. ``""`` leaves
+                that to :meth:`set_uuid`.
             readonly: The table refuses writes.
             udev: What udev's rules leave out for it.
 
@@ -84,7 +97,8 @@ class Device(Asking):
 
         Source: DM_DEV_CREATE, DM_TABLE_LOAD, DM_DEV_SUSPEND.
         """
-        device = cls(name)
+        device = cls(name, foreign=True)
+        uuid = f"{ids.UUID_PREFIX}{secrets.token_hex(16)}" if uuid is None else uuid or None
         create = Task(Operation.CREATE, name=name, uuid=uuid)
         load = None if table is None else device._load_task(table, readonly=readonly)
         with Undo(f"create {name}") as undo:
@@ -93,7 +107,7 @@ class Device(Asking):
             if load is not None:
                 load.run()
                 device.resume(udev=udev)
-        return device
+        return cls(name)
 
     @classmethod
     @contextmanager
@@ -104,18 +118,18 @@ class Device(Asking):
         Args:
             table: Its table.
             name: Its name; a random one by default.
-            uuid: Its uuid; by default one that tells dmlib's own.
+            uuid: As for :meth:`create`.
 
         Raises:
             DeviceBusyError: At the end: somebody still uses it, so it stays.
         """
         name = f"dmlib-{secrets.token_hex(6)}" if name is None else name
-        device = cls.create(name, table, uuid=uuid or f"{ids.UUID_PREFIX}temporary-{secrets.token_hex(16)}")
+        device = cls.create(name, table, uuid=uuid)
         try:
             yield device
         finally:
             if device.exists():
-                device.remove()
+                cls(name, foreign=True).remove()
 
     def remove(self, *, deferred: bool = False, timeout: float = REMOVE_TIMEOUT) -> None:
         """
@@ -133,6 +147,7 @@ class Device(Asking):
 
         Source: DM_DEV_REMOVE.
         """
+        self._mine("remove")
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE
         while True:
@@ -160,7 +175,7 @@ class Device(Asking):
 
         Source: DM_TARGET_MSG, ``@cancel_deferred_remove``.
         """
-        Task(Operation.MESSAGE, name=self.name, message="@cancel_deferred_remove").run()
+        self.message("@cancel_deferred_remove")
 
     def rename(self, name: str) -> Self:
         """
@@ -175,8 +190,9 @@ class Device(Asking):
 
         Source: DM_DEV_RENAME.
         """
+        self._mine("rename")
         Task(Operation.RENAME, name=self.name, new=name).run()
-        return type(self)(name)
+        return replace(self, name=name)
 
     def set_uuid(self, uuid: str) -> None:
         """
@@ -190,6 +206,7 @@ class Device(Asking):
 
         Source: DM_DEV_RENAME with DM_UUID_FLAG.
         """
+        self._mine("set_uuid")
         Task(Operation.SET_UUID, name=self.name, new=uuid).run()
 
     # -- tables
@@ -208,6 +225,7 @@ class Device(Asking):
 
         Source: DM_TABLE_LOAD.
         """
+        self._mine("load")
         self._load_task(table, readonly=readonly).run()
 
     def _load_task(self, table: Table, *, readonly: bool) -> Task:
@@ -223,6 +241,7 @@ class Device(Asking):
 
         Source: DM_TABLE_CLEAR.
         """
+        self._mine("clear")
         Task(Operation.CLEAR, name=self.name).run()
 
     def resume(self, *, udev: UdevFlags = UdevFlags.NONE) -> None:
@@ -240,6 +259,7 @@ class Device(Asking):
 
         Source: DM_DEV_SUSPEND without DM_SUSPEND_FLAG.
         """
+        self._mine("resume")
         Task(Operation.RESUME, name=self.name, udev=udev).run()
 
     def suspend(self, *, flush: bool = True, lockfs: bool = True, timeout: float | None = SUSPEND_TIMEOUT) -> None:
@@ -262,6 +282,7 @@ class Device(Asking):
 
     def hold(self, *, flush: bool = True, lockfs: bool = True) -> Hold:
         """Return what :func:`dmlib.section.run_section` needs to suspend and resume this device."""
+        self._mine("suspend")
         return Hold(
             suspend=Task(Operation.SUSPEND, name=self.name, flush=flush, lockfs=lockfs),
             resume=Task(Operation.RESUME, name=self.name),
@@ -295,7 +316,7 @@ class Device(Asking):
             yield self
         finally:
             # A signal handler may have raised just as the suspend came back; then the kernel is asked.
-            undisturbed(lambda: (entered or self.info().suspended) and self.resume())
+            undisturbed(lambda: (entered or self.info().suspended) and Task(Operation.RESUME, name=self.name).run())
 
     def reload(
         self,
@@ -325,6 +346,7 @@ class Device(Asking):
 
         Cost: four ioctls (table, load, suspend, resume).
         """
+        self._mine("reload")
         timeout = wait_for_late(self.name, timeout)
         before = Task(Operation.TABLE, name=self.name).run()
         if not before.device.live_table:
@@ -377,4 +399,6 @@ class Device(Asking):
         """Return a message that is ready to be sent."""
         if not text.strip() or "\0" in text:
             raise ArgumentError("text", text, "must have a word and no NUL")
+        if not text.startswith("@stats_"):  # those change nothing of the device, and never reach its targets
+            self._mine("message")
         return Task(Operation.MESSAGE, name=self.name, message=text, sector=sector)

@@ -95,6 +95,27 @@ class StateError(DmError, RuntimeError):
         super().__init__(f"{subject}: {problem}")
 
 
+class ForeignDeviceError(DmError):
+    """
+    A verb would change a device whose uuid names another program as its owner; nothing was changed.
+
+    Attributes:
+        operation: The verb.
+        device: Name of the device.
+        uuid: Its uuid.
+        owner: Whose device it is, such as ``LVM``.
+    """
+
+    _fields = ("operation", "device", "uuid", "owner")
+
+    def __init__(self, operation: str, device: str, uuid: str, owner: str) -> None:
+        self.operation = operation
+        self.device = device
+        self.uuid = uuid
+        self.owner = owner
+        super().__init__(f"{operation} {device}: it belongs to {owner} (uuid {uuid}); foreign=True overrides this")
+
+
 class UnsupportedError(DmError):
     """
     The library, the driver or a target is too old, or was built without something.

@@ -10,6 +10,7 @@ name nor the size of a thin device: whoever made it must remember both.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 from dmlib import blockdev, ids
@@ -136,14 +137,19 @@ class ThinDevice:
         self.pool: Final = pool
         self.thin_id: Final = ids.check_thin_id(thin_id)
         self.size = _check_size(size)
-        self.device: Final = Device(f"{pool.name}-thin-{thin_id}" if name is None else name)
+        name = f"{pool.name}-thin-{thin_id}" if name is None else name
+        self.device: Final = Device(name, foreign=pool.device.foreign)
         origin = None if external_origin is None else ids.device_number(external_origin, "external_origin")
         self.external_origin: Final = origin
 
     @classmethod
-    def open(cls, name: str) -> Self:
+    def open(cls, name: str, *, foreign: bool = False) -> Self:
         """
         Take hold of an active thin device, whoever made it; nothing is changed.
+
+        Args:
+            name: Name of its mapped device.
+            foreign: See :meth:`ThinPool.open`.
 
         Raises:
             DeviceNotFoundError: There is no such device.
@@ -155,7 +161,8 @@ class ThinDevice:
         target = None if table is None else table[0].target
         if table is None or not isinstance(target, ThinTarget):
             raise StateError(name, "is not an active thin device")
-        pool = ThinPool.open(Task(Operation.INFO, number=ids.device_number(target.pool)).run().device.name)
+        pool_name = Task(Operation.INFO, number=ids.device_number(target.pool)).run().device.name
+        pool = ThinPool.open(pool_name, foreign=foreign)
         return cls(pool, target.thin_id, table.length, name=name, external_origin=target.external_origin)
 
     def __repr__(self) -> str:
@@ -291,7 +298,9 @@ class ThinDevice:
             if wanted < now:  # what is cut off must not be in flight; growing holds back nothing that could get lost
                 timeout = self._make_idle(active, "resize", timeout)
             longer = Table.single(wanted, table[0].target)
-            Device(active.name).reload(longer, flush=wanted < now, lockfs=wanted < now, timeout=timeout)
+            replace(self.device, name=active.name).reload(
+                longer, flush=wanted < now, lockfs=wanted < now, timeout=timeout
+            )
         self.size = wanted
 
     def snapshot(
@@ -345,7 +354,7 @@ class ThinDevice:
             with message.explained():
                 if origin and in_use and not origin.suspended:
                     rest = self._make_idle(origin, "create_snap", timeout)
-                    run_section([Device(origin.name).hold()], [message.task], timeout=rest)
+                    run_section([replace(self.device, name=origin.name).hold()], [message.task], timeout=rest)
                 else:
                     message.task.run()
             if origin and origin.suspended and not Device(origin.name).info().suspended:

@@ -34,7 +34,7 @@ FLOORS = (
     {"_ffi"},
     {"udev"},
     {"task"},
-    {"section", "driver", "usage", "_asking"},
+    {"section", "driver", "usage", "_asking", "_guard"},
     {"blockdev"},
     {"loop"},
     {"device"},
