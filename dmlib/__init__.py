@@ -100,9 +100,9 @@ _ROOMS = {
     "owners": "LvmName Owner join_lvm_name owner_of split_lvm_name",
     "errors": (
         "ArgumentError CleanupError DeviceBusyError DeviceExistsError DeviceNotFoundError DmError "
-        "DriverUnavailableError ForeignDeviceError OutOfDataSpaceError OutOfMetadataSpaceError ParseError PermissionDeniedError "
-        "PoolError PoolFailedError PoolNeedsCheckError PoolReadOnlyError StateError SuspendTimeoutError "
-        "TargetRefusedError TaskError UdevTimeoutError UnsupportedError"
+        "DriverUnavailableError ForeignDeviceError OutOfDataSpaceError OutOfMetadataSpaceError ParseError "
+        "PermissionDeniedError PoolError PoolFailedError PoolNeedsCheckError PoolReadOnlyError StateError "
+        "SuspendTimeoutError TargetRefusedError TaskError UdevTimeoutError UnsupportedError"
     ),
     "targets": (
         "DiscardMode EmptyStatus Error Linear PoolMode RawStatus RawTarget StatusUnavailable Stripe Striped "

@@ -30,7 +30,7 @@ _OTHERS: Final = {
 }
 _PARTITION: Final = re.compile(r"part[0-9]+-")
 _HYPHENS: Final = re.compile(r"(?<!-)((?:--)*)-(?!-)")
-_LAYERS: Final = 3
+_PART_COUNTS: Final = (2, 3)
 
 
 class Owner(NamedTuple):
@@ -104,7 +104,7 @@ def split_lvm_name(name: str) -> LvmName:
     Source: lvm(8), dmsetup(8) ``splitname``.
     """
     parts = [part.replace("--", "-") for part in _HYPHENS.sub(r"\1\0", name).split("\0")]
-    if not 2 <= len(parts) <= _LAYERS or not all(parts):
+    if len(parts) not in _PART_COUNTS or not all(parts):
         raise ArgumentError("name", name, "must be group-volume or group-volume-layer, with hyphens inside doubled")
     return LvmName(*parts)
 

@@ -70,7 +70,7 @@ def test_questions_and_lifecycle(counted, unique_name):
             device.remove()
 
         cost(life)
-        Device.create(name, table)
+        Device.create(name, table, uuid="")
         for verb in (
             device.info, device.exists, device.table, lambda: device.table(inactive=True), device.status,
             lambda: device.status(flush=True), device.deps, lambda: device.message("@stats_list"),

@@ -88,7 +88,7 @@ def provoked(linear_device, unique_name):
     """One error of each class that a task or device can raise, all real."""
     device = linear_device
     missing = Device(unique_name())
-    bare = Device.create(unique_name())
+    bare = Device.create(unique_name(), uuid="")
     errors = {
         ArgumentError: provoke(lambda: Device("a/b")),
         ParseError: provoke(lambda: Table.parse("0 8 linear nowhere", strict=True)),

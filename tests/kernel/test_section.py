@@ -91,7 +91,8 @@ def test_when_the_old_table_cannot_be_put_back(pool, backing, too_short, sh):
     """When neither table can be resumed, the error holds both refusals, and the device can be repaired by hand."""
     before = pool.device.table()
     data = backing[1]
-    data.grow(MiB(32))  # now smaller than the live table, so that the kernel would not take it again
+    os.truncate(data.file, MiB(32).bytes)
+    data.device.refresh_size()  # now smaller than the live table, so that the kernel would not take it again
     with pytest.raises(CleanupError, match="still suspended") as caught:
         pool.device.reload(too_short, flush=False)
     assert [error.operation for error in caught.value.exceptions] == ["resume", "resume"]

@@ -60,7 +60,7 @@ def test_node_and_database_are_ready_when_a_verb_returns(unique_name):
 def test_resume_and_uuid_are_known_to_udev(unique_name):
     """A device made step by step gets its node with the first resume, and a uuid set later is in the database."""
     name = unique_name()
-    device = Device.create(name)
+    device = Device.create(name, uuid="")
     assert not os.path.lexists(device.path)
     device.load(ZERO)
     device.resume()

@@ -81,7 +81,7 @@ def lifecycle(name):
         verb(*words)
         return time.monotonic() - begin
 
-    yield timed(Device.create, name, ZERO)
+    yield timed(lambda: Device.create(name, ZERO, uuid=""))
     number = device.info().number
     assert DeviceNumber.from_dev(os.stat(device.path).st_rdev) == number
     yield timed(device.set_uuid, f"dmlib-test-{name}")

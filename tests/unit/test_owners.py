@@ -71,7 +71,7 @@ def test_names_round_trip(group, volume, layer):
     ["vg-lv", "vg--docker-data", "a--b--c-d--e-tpool", "vg-lv_tdata", "vg---x", "a----b-c", "vg-lv-real", "a-b--"],
 )
 def test_names_as_dmsetup_has_them(name):
-    """Dmsetup splitname finds the same parts."""
+    """The program dmsetup finds the same parts."""
     command = [
         "dmsetup",
         "splitname",
