@@ -9,6 +9,7 @@ from dmlib._lazy import importer
 
 TYPE_CHECKING = False  # what typing's is to type checkers, without the cost of importing typing
 if TYPE_CHECKING:
+    from dmlib.aio import AsyncEventMonitor as AsyncEventMonitor
     from dmlib.device import Device as Device
     from dmlib.driver import ListedDevice as ListedDevice
     from dmlib.driver import driver_version as driver_version
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from dmlib.errors import TaskError as TaskError
     from dmlib.errors import UdevTimeoutError as UdevTimeoutError
     from dmlib.errors import UnsupportedError as UnsupportedError
+    from dmlib.events import Change as Change
+    from dmlib.events import EventMonitor as EventMonitor
     from dmlib.ids import DeviceNumber as DeviceNumber
     from dmlib.loop import LoopDevice as LoopDevice
     from dmlib.loop import LoopOptions as LoopOptions
@@ -113,6 +116,8 @@ _ROOMS = {
     "task": "DeviceInfo Operation Result Task",
     "udev": "UdevFlags set_udev",
     "driver": "ListedDevice driver_version library_version list_devices target_versions",
+    "events": "Change EventMonitor",
+    "aio": "AsyncEventMonitor",
     "device": "Device",
     "loop": "LoopDevice LoopOptions LoopStatus create_sparse_file grow_sparse_file",
     "usage": "User users_of",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dmlib import ids
 from dmlib.errors import DeviceNotFoundError
+from dmlib.events import wait_for_event
 from dmlib.table import Table, status_from_entries
 from dmlib.task import Operation, Task
 from dmlib.udev import node_path
@@ -114,3 +115,27 @@ class Asking:
         Source: DM_TABLE_DEPS.
         """
         return Task(Operation.DEPS, name=self.name, inactive=inactive).run().deps
+
+    def wait(self, event_nr: int, *, timeout: float | None = None) -> int | None:
+        """
+        Wait until the device's event counter is another one than *event_nr*.
+
+        Args:
+            event_nr: The counter as it was seen, such as ``info().event_nr``. If it has moved since, there is no wait.
+            timeout: Seconds to wait at the most; ``None`` waits for ever.
+
+        Returns:
+            The counter now; ``None`` if the time is over.
+
+        Raises:
+            DeviceNotFoundError: There is no such device, or not any more under this name.
+            UnsupportedError: The driver is too old.
+
+        Minimum driver: 4.37 (Linux 4.14).
+
+        Cost: as :class:`dmlib.EventMonitor`, with a descriptor for each call. Whoever waits again and again, or for
+        many devices, does better with one of those.
+
+        Source: DM_DEV_ARM_POLL. (DM_DEV_WAIT knows no time-out and cannot be cancelled.)
+        """
+        return wait_for_event(self.name, event_nr, timeout)

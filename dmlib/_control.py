@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """
-The control node, spoken to directly: is the driver there, and which devices are there.
+The control node, spoken to directly: is the driver there, which devices are there, and has something happened.
 
-Two things that libdevmapper cannot do for us. Its first failure is latched for the life of the process,
-so the driver is probed before it is asked anything; and its list fails as a whole when one foreign device
-has a name that it cannot unmangle, and has no event numbers before 1.02.213.
+Three things that libdevmapper cannot do for us. Its first failure is latched for the life of the process,
+so the driver is probed before it is asked anything; its list fails as a whole when one foreign device
+has a name that it cannot unmangle, and has no event numbers before 1.02.213; and waiting by poll takes a descriptor
+that it does not give away.
 
 Layout of the request: ``struct dm_ioctl`` of ``linux/dm-ioctl.h``.
 """
@@ -17,7 +18,7 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from dmlib import ids
 from dmlib.errors import DriverUnavailableError, PermissionDeniedError, TaskError, from_task
@@ -27,13 +28,15 @@ CONTROL_NODE: Final = "/dev/mapper/control"
 _HEADER: Final = struct.Struct("=3I3IiII4xQ128s129s7x")
 _DM_VERSION: Final = 0xC138FD00
 _DM_LIST_DEVICES: Final = 0xC138FD02
+_DM_DEV_ARM_POLL: Final = 0xC138FD10
 _BUFFER_FULL: Final = 1 << 8
 _WANT_UUID: Final = 1 << 14
 _ENTRY: Final = struct.Struct("=QI")
 _ENTRY_TAIL: Final = struct.Struct("=II")
 _ENTRY_HAS_UUID: Final = 1
 _ENTRY_HAS_NO_UUID: Final = 2
-_EVENT_NR_SINCE: Final = (4, 37, 0)
+EVENT_NR_SINCE: Final = (4, 37, 0)
+"""The driver's version from which a list has event numbers, and poll can wait for the next event."""
 
 _DESCRIPTORS_OF_LIBDEVMAPPER: Final = 3  # at the most at once, as it starts
 
@@ -70,7 +73,13 @@ def _driver_in_kernel() -> bool:
         return False
 
 
-def _open() -> int:
+def open_control() -> int:
+    """
+    Return a new descriptor of the control node.
+
+    Raises:
+        DriverUnavailableError: There is none, or this process may not open it.
+    """
     try:
         return os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -83,10 +92,8 @@ def _open() -> int:
         raise _unavailable(error.errno, f"{CONTROL_NODE} cannot be opened: {hint}") from error
 
 
-def _request(size: int, flags: int = 0) -> bytearray:
-    buffer = bytearray(size)
-    _HEADER.pack_into(buffer, 0, 4, 0, 0, size, _HEADER.size, 0, 0, flags, 0, 0, b"", b"")
-    return buffer
+def _fill(buffer: bytearray, flags: int = 0, name: bytes = b"", uuid: bytes = b"") -> None:
+    _HEADER.pack_into(buffer, 0, 4, 0, 0, len(buffer), _HEADER.size, 0, 0, flags, 0, 0, name, uuid)
 
 
 def probe() -> tuple[int, int, int]:
@@ -100,7 +107,7 @@ def probe() -> tuple[int, int, int]:
     """
     if not os.path.exists(CONTROL_NODE) and os.geteuid() == 0 and _driver_in_kernel():
         return (4, 0, 0)  # libdevmapper makes the node; where the driver is there, that is what is wanted
-    descriptor = _open()
+    descriptor = open_control()
     opened = [descriptor]
     try:
         # Out of descriptors on its first try, libdevmapper would refuse for the rest of the process.
@@ -108,7 +115,8 @@ def probe() -> tuple[int, int, int]:
             opened.append(os.dup(descriptor))  # noqa: PERF401 - each is closed, whichever fails
         if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
             raise _unavailable(None, f"{CONTROL_NODE} is not a device node")
-        buffer = _request(_HEADER.size)
+        buffer = bytearray(_HEADER.size)
+        _fill(buffer)
         fcntl.ioctl(descriptor, _DM_VERSION, buffer)
     except OSError as error:
         if isinstance(error, DriverUnavailableError):
@@ -120,28 +128,66 @@ def probe() -> tuple[int, int, int]:
     return struct.unpack_from("=3I", buffer)
 
 
-def list_devices() -> list[ListedDevice]:
-    """Return all mapped devices; see :func:`dmlib.list_devices`."""
+def list_devices(name_prefix: str = "", uuid_prefix: str = "") -> list[ListedDevice]:
+    """Return mapped devices; see :func:`dmlib.list_devices`."""
     global _first_buffer  # noqa: PLW0603 - a hint for the next call; a lost update costs one more ioctl
-    descriptor = _open()
-    size = _first_buffer
+    descriptor = open_control()
     try:
-        while True:
-            buffer = _request(size, _WANT_UUID)
-            try:
-                fcntl.ioctl(descriptor, _DM_LIST_DEVICES, buffer)
-            except OSError as error:
-                if error.errno == errno.ENOMEM:
-                    raise TaskError("list", "devices", error.errno) from error
-                refused = from_task("list", "devices", error.errno)
-                raise refused from (None if isinstance(refused, PermissionDeniedError) else error)
-            header = _HEADER.unpack_from(buffer)
-            if not header[7] & _BUFFER_FULL:
-                _first_buffer = size
-                return _parse(buffer, header[:3], start=header[4])
-            size *= 2
+        listing = Listing(descriptor, _first_buffer, name_prefix, uuid_prefix)
+        devices = listing.read()
+        _first_buffer = max(_first_buffer, len(listing.buffer))
+        return devices
     finally:
         os.close(descriptor)
+
+
+class Listing:
+    """
+    A list that can be taken again and again, and the waiting in between.
+
+    Args:
+        descriptor: Of the control node. What poll says of it is of its own, not of the process.
+        size: Bytes to begin with; doubled until the list fits.
+        name_prefix: List only devices whose name begins so.
+        uuid_prefix: List only devices whose uuid begins so.
+
+    Attributes:
+        buffer: What the driver writes into.
+    """
+
+    def __init__(self, descriptor: int, size: int, name_prefix: str = "", uuid_prefix: str = "") -> None:
+        self.descriptor = descriptor
+        self.buffer = bytearray(size)
+        self._prefixes = name_prefix, uuid_prefix
+        # The driver filters from 4.45 on (Linux 5.13) and ignores this before, so the answer is looked through as well.
+        self._filter = tuple(ids.mangle(prefix).encode("ascii") for prefix in self._prefixes)
+
+    def arm(self) -> None:
+        """Make poll say that the descriptor is readable once something happens from now on."""
+        self._call("arm", _DM_DEV_ARM_POLL, bytearray(_HEADER.size))
+
+    def read(self) -> list[ListedDevice]:
+        """Return the devices that are there now."""
+        while True:
+            # The end of an empty list is not copied out, and the buffer may hold the last one.
+            _ENTRY.pack_into(self.buffer, _HEADER.size, 0, 0)
+            self._call("list", _DM_LIST_DEVICES, self.buffer, _WANT_UUID, *self._filter)
+            header = _HEADER.unpack_from(self.buffer)
+            if not header[7] & _BUFFER_FULL:
+                name, uuid = self._prefixes
+                devices = _parse(self.buffer, header[:3], start=header[4])
+                return [one for one in devices if one.name.startswith(name) and (one.uuid or "").startswith(uuid)]
+            self.buffer = bytearray(2 * len(self.buffer))
+
+    def _call(self, verb: str, request: int, buffer: bytearray, *content: Any) -> None:
+        _fill(buffer, *content)
+        try:
+            fcntl.ioctl(self.descriptor, request, buffer)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise TaskError(verb, "devices", error.errno) from error
+            refused = from_task(verb, "devices", error.errno)
+            raise refused from (None if isinstance(refused, PermissionDeniedError) else error)
 
 
 def _aligned(offset: int) -> int:
@@ -162,7 +208,7 @@ def _parse(buffer: bytearray, version: tuple[int, ...], start: int) -> list[List
             return devices
         name, end = _text(buffer, offset + _ENTRY.size)
         event_nr = uuid = None
-        if version >= _EVENT_NR_SINCE:
+        if version >= EVENT_NR_SINCE:
             tail = _aligned(end)
             event_nr, flags = _ENTRY_TAIL.unpack_from(buffer, tail)
             if flags & _ENTRY_HAS_UUID:

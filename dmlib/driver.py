@@ -37,19 +37,26 @@ def target_versions() -> dict[str, tuple[int, int, int]]:
     return dict(Task(Operation.TARGET_VERSIONS).run().versions)
 
 
-def list_devices() -> list[ListedDevice]:
+def list_devices(*, name_prefix: str = "", uuid_prefix: str = "") -> list[ListedDevice]:
     """
-    Return all mapped devices with names, numbers, event numbers and uuids.
+    Return mapped devices with names, numbers, event numbers and uuids.
+
+    Args:
+        name_prefix: Only those whose name begins so.
+        uuid_prefix: Only those whose uuid begins so, such as ``"LVM-"``.
+
+    Returns:
+        All devices, or those that fit both prefixes. With a *uuid_prefix*, none from drivers that do not list uuids.
 
     Raises:
         DriverUnavailableError: There is no driver, or no permission to use it.
         PermissionDeniedError: The process lost CAP_SYS_ADMIN.
 
-    Minimum driver: any; event numbers 4.37 (Linux 4.14), uuids 4.45 (Linux 5.13).
+    Minimum driver: any; event numbers 4.37 (Linux 4.14), uuids 4.45 (Linux 5.13), which also filters by itself.
 
     Cost: one ioctl once the buffer fits; it doubles until it does, and stays.
 
     Source: DM_LIST_DEVICES.
     """
     _ffi.connect()  # libdevmapper makes the control node where nobody else did
-    return _control.list_devices()
+    return _control.list_devices(name_prefix, uuid_prefix)

@@ -105,6 +105,26 @@ def test_questions_and_lifecycle(counted, unique_name):
     ]
 
 
+def test_waiting(counted, unique_name):
+    """A monitor arms once and lists once at its making and for each look, whatever there is; a wait is the same."""
+    program = """
+        device = Device.create(sys.argv[1], Table.single(MiB(1), Zero()))
+        others = [Device.create(f"{sys.argv[1]}-{number}", Table.single(MiB(1), Zero())) for number in range(20)]
+        with EventMonitor() as monitor:
+            device = device.rename(device.name + "-b")
+            cost(lambda: monitor.poll(5))
+            cost(lambda: monitor.poll(0))
+            cost(monitor.read)
+        cost(lambda: EventMonitor().close())
+        cost(lambda: device.wait(0))
+        cost(lambda: device.wait(1, timeout=0))
+        for one in (device, *others):
+            one.remove()
+    """
+    look, probe = ["ARM_POLL", "LIST_DEVICES"], ["VERSION"]
+    assert counted(program, unique_name()) == [look, [], look, probe + look, probe + look, probe + look]
+
+
 def test_thin_devices(counted, pool):
     """Activation costs three ioctls and at most two to see that the id is not active; a snapshot in use adds a few."""
     program = """
