@@ -39,7 +39,7 @@ CDEF = {
             DM_DEVICE_CREATE, DM_DEVICE_RELOAD, DM_DEVICE_REMOVE, DM_DEVICE_SUSPEND, DM_DEVICE_RESUME,
             DM_DEVICE_INFO, DM_DEVICE_DEPS, DM_DEVICE_RENAME, DM_DEVICE_VERSION, DM_DEVICE_STATUS,
             DM_DEVICE_TABLE, DM_DEVICE_CLEAR, DM_DEVICE_MKNODES, DM_DEVICE_LIST_VERSIONS,
-            DM_DEVICE_TARGET_MSG, ...
+            DM_DEVICE_TARGET_MSG, DM_DEVICE_REMOVE_ALL, DM_DEVICE_SET_GEOMETRY, DM_DEVICE_GET_TARGET_VERSION, ...
         };
         struct dm_task *dm_task_create(int type);
         void dm_task_destroy(struct dm_task *dmt);
@@ -55,6 +55,13 @@ CDEF = {
         int dm_task_skip_lockfs(struct dm_task *dmt);
         int dm_task_query_inactive_table(struct dm_task *dmt);
         int dm_task_deferred_remove(struct dm_task *dmt);
+        int dm_task_secure_data(struct dm_task *dmt);
+        int dm_task_set_geometry(struct dm_task *dmt, const char *cylinders, const char *heads, const char *sectors,
+                                 const char *start);
+        int dm_task_set_minor(struct dm_task *dmt, int minor);
+        int dm_task_set_uid(struct dm_task *dmt, uint32_t uid);
+        int dm_task_set_gid(struct dm_task *dmt, uint32_t gid);
+        int dm_task_set_mode(struct dm_task *dmt, uint32_t mode);
         typedef enum { DM_ADD_NODE_ON_RESUME, DM_ADD_NODE_ON_CREATE, ... } dm_add_node_t;
         int dm_task_set_add_node(struct dm_task *dmt, dm_add_node_t add_node);
         int dm_task_add_target(struct dm_task *dmt, uint64_t start, uint64_t size, const char *ttype,
@@ -90,6 +97,7 @@ CDEF = {
         void dm_task_update_nodes(void);
     """,
     "udev": """
+        #define DM_UDEV_DISABLE_DM_RULES_FLAG ...
         #define DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG ...
         #define DM_UDEV_DISABLE_DISK_RULES_FLAG ...
         #define DM_UDEV_DISABLE_OTHER_RULES_FLAG ...
@@ -115,6 +123,8 @@ CDEF = {
         int dmlib_gate_abandon(int *gate);
         void dmlib_cookie_discard(uint32_t cookie);
         int dmlib_syncfs(int fd);
+        int dmlib_ima_measurement(struct dm_task *task);
+        void dmlib_wipe(char *text, size_t size);
     """,
 }
 
@@ -238,6 +248,17 @@ static void dmlib_cookie_discard(uint32_t cookie)
 }
 
 static int dmlib_syncfs(int fd) { return syncfs(fd) ? errno : 0; }
+
+/* Newer than the oldest library that is supported, so perhaps not there: linked weakly. */
+int dm_task_ima_measurement(struct dm_task *dmt);
+#pragma weak dm_task_ima_measurement
+static int dmlib_ima_measurement(struct dm_task *task)
+{
+    return dm_task_ima_measurement ? dm_task_ima_measurement(task) : 0;
+}
+
+/* A compiler may leave out a memset of what is freed next, but not this. */
+static void dmlib_wipe(char *text, size_t size) { explicit_bzero(text, size); }
 """.replace("@HOLD@", HOLD)
 
 

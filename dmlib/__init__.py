@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dmlib.driver import driver_version as driver_version
     from dmlib.driver import library_version as library_version
     from dmlib.driver import list_devices as list_devices
+    from dmlib.driver import remove_all as remove_all
+    from dmlib.driver import target_version as target_version
     from dmlib.driver import target_versions as target_versions
     from dmlib.errors import ArgumentError as ArgumentError
     from dmlib.errors import CleanupError as CleanupError
@@ -46,11 +48,14 @@ if TYPE_CHECKING:
     from dmlib.loop import LoopStatus as LoopStatus
     from dmlib.loop import create_sparse_file as create_sparse_file
     from dmlib.loop import grow_sparse_file as grow_sparse_file
+    from dmlib.operations import Operation as Operation
     from dmlib.owners import LvmName as LvmName
     from dmlib.owners import Owner as Owner
     from dmlib.owners import join_lvm_name as join_lvm_name
     from dmlib.owners import owner_of as owner_of
     from dmlib.owners import split_lvm_name as split_lvm_name
+    from dmlib.results import DeviceInfo as DeviceInfo
+    from dmlib.results import Result as Result
     from dmlib.table import Segment as Segment
     from dmlib.table import StatusSegment as StatusSegment
     from dmlib.table import Table as Table
@@ -74,9 +79,7 @@ if TYPE_CHECKING:
     from dmlib.targets import ThinUnbound as ThinUnbound
     from dmlib.targets import Zero as Zero
     from dmlib.targets.thin import recommended_metadata_size as recommended_metadata_size
-    from dmlib.task import DeviceInfo as DeviceInfo
-    from dmlib.task import Operation as Operation
-    from dmlib.task import Result as Result
+    from dmlib.task import Geometry as Geometry
     from dmlib.task import Task as Task
     from dmlib.thin import PoolFeatures as PoolFeatures
     from dmlib.thin import ThinDevice as ThinDevice
@@ -113,9 +116,11 @@ _ROOMS = {
         "ThinUnbound Zero"
     ),
     "table": "Segment StatusSegment Table",
-    "task": "DeviceInfo Operation Result Task",
+    "operations": "Operation",
+    "results": "DeviceInfo Result",
+    "task": "Geometry Task",
     "udev": "UdevFlags set_udev",
-    "driver": "ListedDevice driver_version library_version list_devices target_versions",
+    "driver": "ListedDevice driver_version library_version list_devices remove_all target_version target_versions",
     "events": "Change EventMonitor",
     "aio": "AsyncEventMonitor",
     "device": "Device",

@@ -15,13 +15,15 @@ from dmlib import blockdev, ids
 from dmlib.device import Device
 from dmlib.driver import list_devices
 from dmlib.errors import DeviceNotFoundError
+from dmlib.operations import Operation
 from dmlib.targets.thin import ThinTarget
-from dmlib.task import DeviceInfo, Operation, Task
+from dmlib.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dmlib.driver import ListedDevice
+    from dmlib.results import DeviceInfo
 
 
 def thin_uuid(metadata_device: ids.DeviceNumber, thin_id: int | str) -> str:

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 from dmlib import ids
 from dmlib.errors import DeviceNotFoundError
 from dmlib.events import wait_for_event
+from dmlib.operations import Operation
 from dmlib.table import Table, status_from_entries
-from dmlib.task import Operation, Task
+from dmlib.task import Task
 from dmlib.udev import node_path
+from dmlib.units import KiB
 
 if TYPE_CHECKING:
+    from dmlib.results import DeviceInfo
     from dmlib.table import StatusSegment
-    from dmlib.task import DeviceInfo
+    from dmlib.units import Sectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +63,27 @@ class Asking:
         """
         return Task(Operation.INFO, name=self.name).run().device
 
-    def table(self, *, inactive: bool = False, strict: bool = False) -> Table | None:
+    def table(self, *, inactive: bool = False, strict: bool = False, secure: bool = False) -> Table | None:
         """
         Return the live table, or the inactive one; ``None`` if there is none.
 
         Args:
             inactive: Look at the table that waits for a resume.
             strict: Raise for a line that breaks its target's grammar instead of keeping it raw.
+            secure: There are keys in it: buffers of the kernel and of libdevmapper are wiped. The strings in the answer
+                stay in this process's memory until they are overwritten.
 
         Raises:
             DeviceNotFoundError: There is no such device.
             ParseError: In strict mode.
 
-        Minimum driver: 4.16 (Linux 2.6.32) for *inactive*.
+        Minimum driver: 4.16 (Linux 2.6.32) for *inactive*; 4.20 (Linux 2.6.39) for *secure*.
 
         Cost: one ioctl.
 
         Source: DM_TABLE_STATUS with DM_STATUS_TABLE_FLAG.
         """
-        lines = Task(Operation.TABLE, name=self.name, inactive=inactive).run().lines
+        lines = Task(Operation.TABLE, name=self.name, inactive=inactive, secure=secure).run().lines
         return Table.from_entries(lines, strict=strict) if lines else None
 
     def status(self, *, flush: bool = False, strict: bool = False) -> tuple[StatusSegment, ...]:
@@ -139,3 +144,18 @@ class Asking:
         Source: DM_DEV_ARM_POLL. (DM_DEV_WAIT knows no time-out and cannot be cancelled.)
         """
         return wait_for_event(self.name, event_nr, timeout)
+
+    def read_ahead(self) -> Sectors:
+        """
+        Return how much the kernel reads ahead on the device.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+
+        Source: sysfs, ``queue/read_ahead_kb``.
+        """
+        with open(self._sysfs("queue/read_ahead_kb"), encoding="ascii") as file:
+            return KiB(int(file.read()))
+
+    def _sysfs(self, attribute: str) -> str:
+        return f"/sys/dev/block/{self.info().number}/{attribute}"

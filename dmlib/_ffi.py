@@ -17,19 +17,21 @@ import atexit
 import logging
 import os
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NewType, Protocol, cast
 
 import dmlib
 from dmlib import _control, _kmsg
-from dmlib.errors import DriverUnavailableError, UnsupportedError
+from dmlib.errors import ArgumentError, DriverUnavailableError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 TaskPtr = NewType("TaskPtr", object)
 IntPtr = NewType("IntPtr", object)
 CookiePtr = NewType("CookiePtr", object)
 CString = NewType("CString", object)
+Text = bytes | CString
 Struct = Any  # a C struct, whose fields mypy cannot know
 
 
@@ -51,9 +53,13 @@ class Library(Protocol):
     DM_DEVICE_MKNODES: int
     DM_DEVICE_LIST_VERSIONS: int
     DM_DEVICE_TARGET_MSG: int
+    DM_DEVICE_REMOVE_ALL: int
+    DM_DEVICE_SET_GEOMETRY: int
+    DM_DEVICE_GET_TARGET_VERSION: int
     DM_STRING_MANGLING_AUTO: int
     DM_ADD_NODE_ON_RESUME: int
     DM_ADD_NODE_ON_CREATE: int
+    DM_UDEV_DISABLE_DM_RULES_FLAG: int
     DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG: int
     DM_UDEV_DISABLE_DISK_RULES_FLAG: int
     DM_UDEV_DISABLE_OTHER_RULES_FLAG: int
@@ -67,15 +73,23 @@ class Library(Protocol):
     def dm_task_set_major_minor(self, task: TaskPtr, major: int, minor: int, fallback: int, /) -> int: ...
     def dm_task_set_newname(self, task: TaskPtr, name: bytes, /) -> int: ...
     def dm_task_set_newuuid(self, task: TaskPtr, uuid: bytes, /) -> int: ...
-    def dm_task_set_message(self, task: TaskPtr, message: bytes, /) -> int: ...
+    def dm_task_set_message(self, task: TaskPtr, message: Text, /) -> int: ...
     def dm_task_set_sector(self, task: TaskPtr, sector: int, /) -> int: ...
     def dm_task_set_ro(self, task: TaskPtr, /) -> int: ...
     def dm_task_no_flush(self, task: TaskPtr, /) -> int: ...
     def dm_task_skip_lockfs(self, task: TaskPtr, /) -> int: ...
     def dm_task_query_inactive_table(self, task: TaskPtr, /) -> int: ...
     def dm_task_deferred_remove(self, task: TaskPtr, /) -> int: ...
+    def dm_task_secure_data(self, task: TaskPtr, /) -> int: ...
+    def dm_task_set_geometry(
+        self, task: TaskPtr, cylinders: bytes, heads: bytes, sectors: bytes, start: bytes, /
+    ) -> int: ...
+    def dm_task_set_minor(self, task: TaskPtr, minor: int, /) -> int: ...
+    def dm_task_set_uid(self, task: TaskPtr, uid: int, /) -> int: ...
+    def dm_task_set_gid(self, task: TaskPtr, gid: int, /) -> int: ...
+    def dm_task_set_mode(self, task: TaskPtr, mode: int, /) -> int: ...
     def dm_task_set_add_node(self, task: TaskPtr, when: int, /) -> int: ...
-    def dm_task_add_target(self, task: TaskPtr, start: int, size: int, type_: bytes, params: bytes, /) -> int: ...
+    def dm_task_add_target(self, task: TaskPtr, start: int, size: int, type_: bytes, params: Text, /) -> int: ...
     def dm_task_get_driver_version(self, task: TaskPtr, version: CString, size: int, /) -> int: ...
     def dm_task_get_info(self, task: TaskPtr, info: Struct, /) -> int: ...
     def dm_task_get_name(self, task: TaskPtr, /) -> CString: ...
@@ -120,6 +134,8 @@ class Library(Protocol):
     def dmlib_gate_abandon(self, gate: IntPtr, /) -> int: ...
     def dmlib_cookie_discard(self, cookie: int, /) -> None: ...
     def dmlib_syncfs(self, descriptor: int, /) -> int: ...
+    def dmlib_ima_measurement(self, task: TaskPtr, /) -> int: ...
+    def dmlib_wipe(self, text: CString, size: int, /) -> None: ...
 
 
 lock: Final = threading.RLock()
@@ -244,11 +260,14 @@ def follow_log_level() -> None:
     lib.dmlib_log_threshold(_DEBUG if library_log.isEnabledFor(logging.DEBUG) else _WARNING)
 
 
-def take_log() -> tuple[tuple[str, ...], tuple[str, ...]]:
+def take_log(*, keep_quiet: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     Take the lines that libdevmapper logged on this thread, and pass them on to ``logging``.
 
     Errors of a call that is about to raise belong to the exception, so they are logged at debug level only.
+
+    Args:
+        keep_quiet: Drop all that is less than a warning: it may quote what was sent.
 
     Returns:
         All lines, and those that are warnings or errors.
@@ -259,6 +278,8 @@ def take_log() -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
     taken = [(lib.dmlib_log_level(i), ffi.string(lib.dmlib_log_text(i)).decode(errors="replace")) for i in range(count)]
     lib.dmlib_log_clear()
+    if keep_quiet:
+        taken = [(level, text) for level, text in taken if level <= _WARNING]
     for level, text in taken:
         library_log.log(logging.DEBUG if level <= _ERROR else _PYTHON_LEVELS.get(level, logging.DEBUG), "%s", text)
     return tuple(text for _, text in taken), tuple(text for level, text in taken if level <= _WARNING)
@@ -267,6 +288,29 @@ def take_log() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def encode(text: str) -> bytes:
     """Return *text* for C; checked by :mod:`dmlib.ids` before, so it holds no NUL."""
     return os.fsencode(text)
+
+
+@contextmanager
+def text(value: str | bytes | bytearray | memoryview) -> Iterator[Text]:
+    """
+    Yield text for C. What is given as bytes may be a secret: it is copied to C, and the copy is wiped at the end.
+
+    Raises:
+        ArgumentError: Bytes with NUL in them.
+    """
+    if isinstance(value, str):
+        yield encode(value)
+        return
+    lib, ffi = load()
+    size = len(value)
+    copy = ffi.new("char[]", size + 1)
+    try:
+        ffi.memmove(copy, value, size)
+        if b"\0" in ffi.buffer(copy, size):
+            raise ArgumentError("text", "(secret)", "must not contain NUL")
+        yield copy
+    finally:
+        lib.dmlib_wipe(copy, size + 1)
 
 
 def decode(ffi: Any, pointer: CString) -> str:

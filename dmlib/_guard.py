@@ -12,8 +12,9 @@ import os
 
 from dmlib import ids
 from dmlib.errors import DeviceNotFoundError, ForeignDeviceError
+from dmlib.operations import Operation
 from dmlib.owners import owner_of
-from dmlib.task import Operation, Task
+from dmlib.task import Task
 from dmlib.udev import node_path
 
 

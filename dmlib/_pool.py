@@ -32,8 +32,9 @@ from dmlib.targets.thin_pool import PoolMode, ThinPoolStatus, ThinPoolTarget
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dmlib.results import DeviceInfo
     from dmlib.table import Table
-    from dmlib.task import DeviceInfo, Task
+    from dmlib.task import Task
 
 _U64_LIMIT: Final = (1 << 64) - 1
 

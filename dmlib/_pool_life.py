@@ -22,10 +22,11 @@ from dmlib.errors import (
     OutOfMetadataSpaceError,
     TargetRefusedError,
 )
+from dmlib.operations import Operation
 from dmlib.table import Table
 from dmlib.targets.thin import METADATA_MAX, check_data_block_size, check_metadata_size
 from dmlib.targets.thin_pool import ThinPoolTarget
-from dmlib.task import Operation, Task
+from dmlib.task import Task
 from dmlib.udev import UdevFlags
 from dmlib.units import DataBlocks, MetaBlocks, Size, as_sectors
 from dmlib.usage import users_of

@@ -19,16 +19,20 @@ from dmlib import ids
 from dmlib._asking import Asking
 from dmlib._guard import refuse_foreign
 from dmlib._undo import Undo, undisturbed
-from dmlib.errors import ArgumentError, DeviceBusyError, StateError
+from dmlib.errors import ArgumentError, DeviceBusyError, DeviceExistsError, DeviceNotFoundError, StateError
+from dmlib.operations import Operation
 from dmlib.section import Hold, run_section, wait_for_late
-from dmlib.task import Operation, Task
+from dmlib.task import Task
 from dmlib.udev import UdevFlags
+from dmlib.units import KiB, as_sectors
 from dmlib.usage import users_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dmlib.table import Table
+    from dmlib.task import Geometry, Secret
+    from dmlib.units import Size
 
 SUSPEND_TIMEOUT: Final = 30.0
 """Seconds after which a suspend that the kernel does not finish is given up, unless told otherwise."""
@@ -73,6 +77,7 @@ class Device(Asking):
         *,
         uuid: str | None = None,
         readonly: bool = False,
+        minor: int | None = None,
         udev: UdevFlags = UdevFlags.NONE,
     ) -> Self:
         """
@@ -84,6 +89,7 @@ class Device(Asking):
             uuid: Its uuid, which it keeps for life; by default a random one that tells dmlib's own. ``""`` leaves
                 that to :meth:`set_uuid`.
             readonly: The table refuses writes.
+            minor: The minor number to have; by default the kernel's choice.
             udev: What udev's rules leave out for it.
 
         Returns:
@@ -91,7 +97,7 @@ class Device(Asking):
 
         Raises:
             ArgumentError: A name or uuid that cannot be.
-            DeviceExistsError: The name or the uuid is taken.
+            DeviceExistsError: The name, the uuid or the minor number is taken.
             TargetRefusedError: A target would not take its part of the table; ``kernel_log`` tends to say why.
             CleanupError: It failed, and the half-made device could not be removed.
 
@@ -99,11 +105,14 @@ class Device(Asking):
         """
         device = cls(name, foreign=True)
         uuid = f"{ids.UUID_PREFIX}{secrets.token_hex(16)}" if uuid is None else uuid or None
-        create = Task(Operation.CREATE, name=name, uuid=uuid)
+        create = Task(Operation.CREATE, name=name, uuid=uuid, minor=minor)
         load = None if table is None else device._load_task(table, readonly=readonly)
         with Undo(f"create {name}") as undo:
             undo.push(device.remove, after=create)
-            create.run()
+            try:
+                create.run()
+            except DeviceNotFoundError as error:  # what the driver says of a number that is taken
+                raise DeviceExistsError("create", f"{name} (minor {minor})", error.errno, log=error.log) from None
             if load is not None:
                 load.run()
                 device.resume(udev=udev)
@@ -208,6 +217,45 @@ class Device(Asking):
         """
         self._mine("set_uuid")
         Task(Operation.SET_UUID, name=self.name, new=uuid).run()
+
+    def set_geometry(self, geometry: Geometry) -> None:
+        """
+        Set what ``HDIO_GETGEO`` answers for the device, for programs that still ask; until its next table.
+
+        Args:
+            geometry: Cylinders, heads, sectors in a track, and where it begins.
+
+        Raises:
+            ArgumentError: A number beyond its limit.
+            DeviceNotFoundError: There is no such device.
+            TaskError: It has no live table (ENXIO).
+
+        Minimum driver: 4.6 (Linux 2.6.17).
+
+        Source: DM_DEV_SET_GEOMETRY.
+        """
+        self._mine("set_geometry")
+        Task(Operation.SET_GEOMETRY, name=self.name, geometry=geometry).run()
+
+    def set_read_ahead(self, size: Size) -> None:
+        """
+        Set how much the kernel reads ahead on the device.
+
+        Args:
+            size: How much, in whole KiB; ``Sectors(0)`` for nothing.
+
+        Raises:
+            ArgumentError: Not whole KiB.
+            DeviceNotFoundError: There is no such device.
+
+        Source: sysfs, ``queue/read_ahead_kb``.
+        """
+        sectors = as_sectors(size, "size")
+        if sectors % KiB(1):
+            raise ArgumentError("size", sectors, "must be whole KiB")
+        self._mine("set_read_ahead")
+        with open(self._sysfs("queue/read_ahead_kb"), "w", encoding="ascii") as file:
+            file.write(str(sectors // KiB(1)))
 
     # -- tables
 
@@ -370,12 +418,13 @@ class Device(Asking):
 
     # -- messages
 
-    def message(self, text: str, *, sector: int = 0) -> str | None:
+    def message(self, text: str | Secret, *, sector: int = 0) -> str | None:
         """
         Send a message to a target of the live table.
 
         Args:
-            text: The message, its words separated by spaces.
+            text: The message, its words separated by spaces. As bytes if there is a key in it: then it is not logged,
+                and what carried it is wiped (but for the bytes themselves).
             sector: The target is the one at this sector.
 
         Returns:
@@ -395,10 +444,15 @@ class Device(Asking):
         """
         return self.message_task(text, sector=sector).run().response
 
-    def message_task(self, text: str, *, sector: int = 0) -> Task:
+    def message_task(self, text: str | Secret, *, sector: int = 0) -> Task:
         """Return a message that is ready to be sent."""
-        if not text.strip() or "\0" in text:
+        if not isinstance(text, str):
+            if not len(text):
+                raise ArgumentError("text", "(secret)", "must have a word")
+        elif not text.strip() or "\0" in text:
             raise ArgumentError("text", text, "must have a word and no NUL")
-        if not text.startswith("@stats_"):  # those change nothing of the device, and never reach its targets
+        if not (
+            isinstance(text, str) and text.startswith("@stats_")
+        ):  # those change nothing of the device, and never reach its targets
             self._mine("message")
         return Task(Operation.MESSAGE, name=self.name, message=text, sector=sector)

@@ -2,142 +2,78 @@
 """
 One ioctl: :class:`Task` sends it through libdevmapper, waits for udev, and copies the results.
 
-All names of C functions that make up a task stand here. A failure becomes an exception in
-:meth:`Prepared.result` and nowhere else. Most programs want :class:`dmlib.Device`.
+What an operation needs and takes is data, in ``dmlib.operations``; what comes back is read in ``_answers``. A
+failure becomes an exception in :meth:`Prepared.result` and nowhere else. Most programs want :class:`dmlib.Device`.
 """
 
 from __future__ import annotations
 
-import enum
 import errno
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from dmlib import _ffi, _kmsg, ids
+from dmlib import _answers, _ffi, _kmsg, ids
 from dmlib.errors import (
+    ArgumentError,
     DeviceNotFoundError,
     StateError,
     TargetRefusedError,
     TaskError,
     UdevTimeoutError,
+    UnsupportedError,
     from_task,
 )
+from dmlib.operations import INPUTS, RULES, Operation
+from dmlib.results import DeviceInfo, Result
 from dmlib.udev import Cookie, UdevFlags, node_problem, udev_timeout
+from dmlib.units import Sectors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
+    from dmlib._answers import Lines, Versions
 
-class Operation(enum.Enum):
-    """What a task does, in the words of ``dmsetup``."""
-
-    CREATE = "create"
-    LOAD = "load"
-    REMOVE = "remove"
-    SUSPEND = "suspend"
-    RESUME = "resume"
-    INFO = "info"
-    DEPS = "deps"
-    RENAME = "rename"
-    SET_UUID = "set_uuid"
-    STATUS = "status"
-    TABLE = "table"
-    CLEAR = "clear"
-    MESSAGE = "message"
-    MKNODES = "mknodes"
-    VERSION = "version"
-    TARGET_VERSIONS = "target_versions"
-
-
-_C_TYPE: Final = {
-    Operation.LOAD: "DM_DEVICE_RELOAD",
-    Operation.SET_UUID: "DM_DEVICE_RENAME",
-    Operation.MESSAGE: "DM_DEVICE_TARGET_MSG",
-    Operation.TARGET_VERSIONS: "DM_DEVICE_LIST_VERSIONS",
-}
-# The kernel sends a uevent for these, so udev completes their cookie; on any other the wait would never end.
-_UEVENT: Final = frozenset({Operation.REMOVE, Operation.RESUME, Operation.RENAME, Operation.SET_UUID})
-# These put node work on the library's global list; all others touch no shared state and may block, so they run
-# without the lock. (A resume is told that its node was made at creation, see _build.)
-_LOCKED: Final = frozenset(
-    {Operation.CREATE, Operation.REMOVE, Operation.RENAME, Operation.SET_UUID, Operation.MKNODES}
-)
-# What an operation needs beyond an address; no other takes it.
-_NEEDS: Final = {
-    Operation.LOAD: "targets",
-    Operation.RENAME: "new",
-    Operation.SET_UUID: "new",
-    Operation.MESSAGE: "message",
-}
-# libdevmapper calls a missing device a success here.
-_ABSENCE_UNSEEN: Final = frozenset({Operation.INFO, Operation.STATUS})
-_ASKS_TARGET: Final = frozenset({Operation.LOAD, Operation.RESUME, Operation.MESSAGE})
-_HAS_INFO: Final = frozenset(Operation) - {Operation.VERSION, Operation.TARGET_VERSIONS}
+__all__ = ["DeviceInfo", "Geometry", "Operation", "Prepared", "Result", "Task"]
 
 _NOT_RUN: Final = 0
 _DONE: Final = 1
+_DEFAULTS: Final = {"flush": True, "lockfs": True, "sector": 0, "targets": (), "udev": UdevFlags.NONE}
+_ID_LIMIT: Final = (1 << 32) - 2
+_MODE_LIMIT: Final = 0o777
+_MINOR_LIMIT: Final = (1 << 20) - 1
+
+Secret = bytes | bytearray | memoryview
+"""Text with key material in it: its owner can wipe it, unlike a str."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
+class Geometry(NamedTuple):
     """
-    What the driver says of a device.
+    What a disk of old would look like; ``HDIO_GETGEO`` answers with it.
 
     Attributes:
-        name: Its name.
-        uuid: Its uuid, ``""`` if it has none.
-        number: Its block device number.
-        suspended: It was suspended by a program.
-        internal_suspend: It is held by another device, such as a thin device by its suspended pool.
-        live_table: It has a table that serves I/O.
-        inactive_table: A table waits to become live at the next resume.
-        open_count: How often it is open: nodes, mounts, devices on top.
-        event_nr: Its event counter.
-        target_count: Segments of its live table.
-        readonly: Its live table refuses writes.
-        deferred_remove: It goes away when the last user closes it.
+        cylinders: 0..65535.
+        heads: 0..255.
+        sectors: Sectors in a track, 0..255.
+        start: Where the device begins on the disk.
     """
 
-    name: str
-    uuid: str
-    number: ids.DeviceNumber
-    suspended: bool
-    internal_suspend: bool
-    live_table: bool
-    inactive_table: bool
-    open_count: int
-    event_nr: int
-    target_count: int
-    readonly: bool
-    deferred_remove: bool
+    cylinders: int
+    heads: int
+    sectors: int
+    start: Sectors = Sectors(0)
 
+    def checked(self) -> Self:
+        """
+        Return it if the driver takes it.
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """
-    What a task brought back; a field that the operation does not have keeps its default.
-
-    Attributes:
-        info: State of the device after the ioctl.
-        lines: Table or status, a tuple ``(start, length, type, text)`` a segment, in sectors.
-        deps: Devices that the live (or inactive) table uses.
-        response: A target's answer to a message.
-        versions: Version of the driver (as ``driver``) or of each loaded target.
-    """
-
-    info: DeviceInfo | None = None
-    lines: tuple[tuple[int, int, str, str], ...] = ()
-    deps: tuple[ids.DeviceNumber, ...] = ()
-    response: str | None = None
-    versions: tuple[tuple[str, tuple[int, int, int]], ...] = ()
-
-    @property
-    def device(self) -> DeviceInfo:
-        """The state of the device, where the operation is one on a device."""
-        if self.info is None:
-            raise StateError("task", "this operation says nothing about a device")
-        return self.info
+        Raises:
+            ArgumentError: A number beyond its limit.
+        """
+        for field, limit in (("cylinders", 0xFFFF), ("heads", 0xFF), ("sectors", 0xFF)):
+            _check_number(getattr(self, field), field, limit)
+        if self.start.count > self.cylinders * self.heads * self.sectors:
+            raise ArgumentError("start", self.start, "must not be beyond cylinders times heads times sectors")
+        return self
 
 
 class Task:
@@ -152,75 +88,95 @@ class Task:
         name: Name of the device.
         uuid: Its uuid.
         number: Its number.
+        target: The target type that ``target_version`` is about.
         new: New name or uuid, for ``rename`` and ``set_uuid``.
-        targets: Table for ``load``: ``(start, length, type, parameters)``, in sectors.
-        message: Text for a target.
+        targets: Table for ``load``: ``(start, length, type, parameters)``, in sectors; parameters with keys in them as
+            bytes.
+        message: Text for a target; as bytes if there are keys in it.
         sector: Which target gets the message: the one at this sector.
         readonly: The table refuses writes.
         flush: ``suspend`` waits for I/O in flight; ``status`` lets a pool commit first.
         lockfs: ``suspend`` freezes a mounted file system.
         inactive: ``table``, ``deps`` and ``status`` look at the inactive table.
         deferred: ``remove`` takes effect when the last user closes the device.
+        secure: Keys are in what is sent (if that is bytes, it is so by itself) or comes back: buffers of libdevmapper,
+            the kernel and dmlib are wiped, and no text of it is logged or gets into an exception. What is a str in
+            Python, such as the lines of a result, stays in memory until it is overwritten.
+        measurement: ``status`` answers with what the kernel measures of the table for the integrity log (IMA).
+        geometry: For ``set_geometry``.
+        minor: The minor number that ``create`` is to take.
+        uid: Owner of the node, if dmlib makes it and not udev: in ``create`` (without udev) and ``resume``.
+        gid: Its group.
+        mode: Its permissions.
         udev: What udev's rules are to leave out.
 
     Raises:
-        ArgumentError: A name, uuid or target type that the kernel cannot take.
+        ArgumentError: A name, uuid, target type or number that the kernel cannot take.
         StateError: No way of addressing, or more than one; something that the operation needs or does not take.
+        UnsupportedError: *measurement*, and libdevmapper is older than 1.02.181.
     """
 
     __slots__ = (
         "_outcome",
         "deferred",
         "flush",
+        "geometry",
+        "gid",
         "inactive",
         "lockfs",
+        "measurement",
         "message",
+        "minor",
+        "mode",
         "name",
         "new",
         "number",
         "operation",
         "readonly",
         "sector",
+        "secure",
+        "target",
         "targets",
         "udev",
+        "uid",
         "uuid",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything that can be said to the driver
         self,
         operation: Operation,
         *,
         name: str | None = None,
         uuid: str | None = None,
         number: ids.DeviceNumber | None = None,
+        target: str | None = None,
         new: str | None = None,
-        targets: Iterable[tuple[int, int, str, str]] = (),
-        message: str | None = None,
+        targets: Iterable[tuple[int, int, str, str | Secret]] = (),
+        message: str | Secret | None = None,
         sector: int = 0,
         readonly: bool = False,
         flush: bool = True,
         lockfs: bool = True,
         inactive: bool = False,
         deferred: bool = False,
+        secure: bool = False,
+        measurement: bool = False,
+        geometry: Geometry | None = None,
+        minor: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        mode: int | None = None,
         udev: UdevFlags = UdevFlags.NONE,
     ) -> None:
-        ways = (name is not None) + (uuid is not None) + (number is not None)
-        targets = tuple(targets)
-        takes_uuid = operation is Operation.CREATE and name is not None and number is None
-        if ways != (operation in _HAS_INFO) and not (ways > 1 and takes_uuid):
-            raise StateError(f"task {operation.value}", "address one device, in one way: name, uuid or number")
-        for field, given in (("targets", bool(targets)), ("new", new is not None), ("message", message is not None)):
-            if given != (_NEEDS.get(operation) == field):
-                rule = f"does not take {field}" if given else f"needs {field}"
-                raise StateError(f"task {operation.value}", rule)
         self.operation = operation
         self.name = None if name is None else ids.check_name(name)
         self.uuid = None if uuid is None else ids.check_uuid(uuid)
         self.number = number
+        self.target = None if target is None else ids.check_target_type(target)
         self.new = new
         if new is not None:
             (ids.check_name if operation is Operation.RENAME else ids.check_uuid)(new, "new")
-        self.targets = targets
+        self.targets = tuple(targets)
         self.message = message
         self.sector = sector
         self.readonly = readonly
@@ -228,13 +184,40 @@ class Task:
         self.lockfs = lockfs
         self.inactive = inactive
         self.deferred = deferred
+        self.secure = secure or not all(
+            isinstance(text, str) for text in (message or "", *(t[3] for t in self.targets))
+        )
+        self.measurement = measurement
+        self.geometry = None if geometry is None else geometry.checked()
+        self.minor = _check_number(minor, "minor", _MINOR_LIMIT)
+        self.uid = _check_number(uid, "uid", _ID_LIMIT)
+        self.gid = _check_number(gid, "gid", _ID_LIMIT)
+        self.mode = _check_number(mode, "mode", _MODE_LIMIT)
         self.udev = udev
+        self._check()
         self._outcome: _ffi.IntPtr | None = None
+
+    def _check(self) -> None:
+        operation, rules = self.operation, RULES[self.operation]
+        ways = sum(way is not None for way in (self.name, self.uuid, self.number))
+        takes_uuid = operation is Operation.CREATE and self.name is not None and self.number is None
+        if ways != (rules.address == "device") and not (ways > 1 and takes_uuid):
+            raise StateError(f"task {operation.value}", "address one device, in one way: name, uuid or number")
+        if (self.target is not None) != (rules.address == "target"):
+            raise StateError(f"task {operation.value}", "a target type is what target_version needs, and nothing else")
+        for field, entry in INPUTS.items():
+            value = getattr(self, field)
+            given = value is not None and value != _DEFAULTS.get(field, False)
+            if given and operation not in entry.on:
+                raise StateError(f"task {operation.value}", f"does not take {field}")
+            if not given and rules.needs == field:
+                raise StateError(f"task {operation.value}", f"needs {field}")
 
     @property
     def label(self) -> str:
         """What to call the device in messages."""
-        return self.name or self.uuid or (str(self.number) if self.number else "device mapper")
+        number = None if self.number is None else str(self.number)
+        return self.name or self.uuid or number or self.target or "device mapper"
 
     @property
     def succeeded(self) -> bool:
@@ -262,6 +245,12 @@ class Task:
             self._outcome = None
 
 
+def _check_number(value: int | None, field: str, limit: int) -> int | None:
+    if value is not None and not (type(value) is int and 0 <= value <= limit):
+        raise ArgumentError(field, value, f"must be a whole number 0..{limit}")
+    return value
+
+
 class Prepared:
     """
     A task with its C memory: built on entry, sent by :meth:`call` or from within C, settled on exit.
@@ -270,15 +259,16 @@ class Prepared:
     under way) and sees to the device node.
     """
 
-    __slots__ = ("_cookie", "_ffi", "_lib", "_mark", "_result", "pointer", "task")
+    __slots__ = ("_cookie", "_ffi", "_lib", "_mark", "_result", "pointer", "rules", "task")
 
     def __init__(self, task: Task) -> None:
         self._lib, self._ffi = _ffi.connect()
         self.task = task
+        self.rules = RULES[task.operation]
         self.pointer: Any = self._ffi.NULL
-        self._cookie = Cookie()
+        self._cookie = Cookie() if self.rules.uevent else None
         self._result: Result | None = None
-        self._mark = _kmsg.mark() if task.operation in _ASKS_TARGET else None
+        self._mark = _kmsg.mark() if self.rules.asks_target else None
 
     def __enter__(self) -> Self:
         if self.task._outcome is not None:  # noqa: SLF001 - one class in two halves
@@ -289,7 +279,7 @@ class Prepared:
                 self._build()
             except BaseException:
                 self._free()
-                self._cookie.discard()
+                self._discard_cookie()
                 raise
         return self
 
@@ -300,53 +290,81 @@ class Prepared:
         try:
             with _ffi.lock:
                 self._free()
-            if done and kind is None:
+            if done and kind is None and self._cookie is not None:
                 self._cookie.wait(f"{self.task.operation.value} {self.task.label}")
         finally:
-            self._cookie.discard()
-        _ffi.take_log()
+            self._discard_cookie()
+        self._take_log()
         if done and kind is None and self._result is not None and self._result.info is not None:
             self._check_node(self._result.info)
+
+    def _discard_cookie(self) -> None:
+        if self._cookie is not None:
+            self._cookie.discard()
+
+    def _take_log(self) -> tuple[str, ...]:
+        return _ffi.take_log(keep_quiet=self.task.secure)[1]
 
     # -- before the call
 
     def _build(self) -> None:
         lib, task = self._lib, self.task
-        operation = task.operation
         _ffi.follow_log_level()
-        self.pointer = lib.dm_task_create(getattr(lib, _C_TYPE.get(operation, f"DM_DEVICE_{operation.name}")))
+        self.pointer = lib.dm_task_create(getattr(lib, self.rules.c_type))
         if not self.pointer:
             raise self.error()
-        if task.name is not None:
-            self._set(lib.dm_task_set_name(self.pointer, _ffi.encode(task.name)))
+        name = task.target if task.name is None else task.name
+        if name is not None:
+            self._set(lib.dm_task_set_name(self.pointer, _ffi.encode(name)))
         if task.uuid is not None:
             self._set(lib.dm_task_set_uuid(self.pointer, _ffi.encode(task.uuid)))
         if task.number is not None:
             self._set(lib.dm_task_set_major_minor(self.pointer, *task.number, 0))
-        if operation is Operation.RENAME and task.new is not None:
-            self._set(lib.dm_task_set_newname(self.pointer, _ffi.encode(task.new)))
-        if operation is Operation.SET_UUID and task.new is not None:
-            self._set(lib.dm_task_set_newuuid(self.pointer, _ffi.encode(task.new)))
-        if task.message is not None:
-            self._set(lib.dm_task_set_message(self.pointer, _ffi.encode(task.message)))
-            self._set(lib.dm_task_set_sector(self.pointer, task.sector))
+        if task.new is not None:
+            renames = task.operation is Operation.RENAME
+            set_new = lib.dm_task_set_newname if renames else lib.dm_task_set_newuuid
+            self._set(set_new(self.pointer, _ffi.encode(task.new)))
+        if task.geometry is not None:
+            words = (str(value).encode("ascii") for value in (*task.geometry[:3], task.geometry.start.count))
+            self._set(lib.dm_task_set_geometry(self.pointer, *words))
         self._build_content()
+        self._build_node()
+        self._prepare_udev()
 
     def _build_content(self) -> None:
         lib, task = self._lib, self.task
         for start, length, target_type, params in task.targets:
-            line = (start, length, _ffi.encode(ids.check_target_type(target_type)), _ffi.encode(params))
-            self._set(lib.dm_task_add_target(self.pointer, *line))
+            kind = _ffi.encode(ids.check_target_type(target_type))
+            with _ffi.text(params) as text:
+                self._set(lib.dm_task_add_target(self.pointer, start, length, kind, text))
+        if task.message is not None:
+            with _ffi.text(task.message) as text:
+                self._set(lib.dm_task_set_message(self.pointer, text))
+            self._set(lib.dm_task_set_sector(self.pointer, task.sector))
         for wanted, switch in (
             (task.readonly, lib.dm_task_set_ro),
             (not task.flush, lib.dm_task_no_flush),
             (not task.lockfs, lib.dm_task_skip_lockfs),
             (task.inactive, lib.dm_task_query_inactive_table),
             (task.deferred, lib.dm_task_deferred_remove),
+            (task.secure, lib.dm_task_secure_data),
         ):
             if wanted:
                 self._set(switch(self.pointer))
-        self._prepare_udev()
+        if task.measurement and not lib.dmlib_ima_measurement(self.pointer):
+            raise UnsupportedError("measurements", "libdevmapper 1.02.181", _ffi.library_version())
+
+    def _build_node(self) -> None:
+        lib, task = self._lib, self.task
+        for value, setter in (
+            (task.uid, lib.dm_task_set_uid),
+            (task.gid, lib.dm_task_set_gid),
+            (task.mode, lib.dm_task_set_mode),
+        ):
+            if value is not None:
+                self._set(setter(self.pointer, value))
+        if task.minor is not None:
+            self._set(lib.dm_task_set_minor(self.pointer, task.minor))
 
     def _prepare_udev(self) -> None:
         lib, operation = self._lib, self.task.operation
@@ -355,7 +373,7 @@ class Prepared:
         if operation is Operation.RESUME or (operation is Operation.CREATE and not lib.dm_udev_get_sync_support()):
             self._set(lib.dm_task_set_add_node(self.pointer, lib.DM_ADD_NODE_ON_CREATE))
         # A removal can do without a cookie: where no semaphore is left, it is what takes things back.
-        if operation in _UEVENT and not self._cookie.attach(self.pointer, self.task.udev):
+        if self._cookie is not None and not self._cookie.attach(self.pointer, self.task.udev):
             self._set(operation is Operation.REMOVE)
 
     def _set(self, ok: int) -> None:
@@ -366,7 +384,7 @@ class Prepared:
 
     def call(self) -> None:
         """Send it from Python, under the lock where the library's shared state is touched."""
-        if self.task.operation in _LOCKED:
+        if self.rules.locked:
             with _ffi.lock:
                 try:
                     self._lib.dmlib_run(self.pointer, self.outcome)
@@ -397,31 +415,43 @@ class Prepared:
         """Return what came back, or raise for what went wrong."""
         if not self.task.succeeded:
             raise self.error()
-        operation = self.task.operation
-        info = self._info() if operation in _HAS_INFO else None
-        if operation is Operation.MESSAGE and info is not None:
-            self._check_delivered(info)
-        self._result = Result(
-            info=info,
-            lines=self._lines() if operation in (Operation.STATUS, Operation.TABLE) else (),
-            deps=self._deps() if operation is Operation.DEPS else (),
-            response=self._response() if operation is Operation.MESSAGE else None,
-            versions=self._versions() if operation in (Operation.VERSION, Operation.TARGET_VERSIONS) else (),
-        )
+        lib, ffi, pointer, operation = self._lib, self._ffi, self.pointer, self.task.operation
+        info = self._info() if self.rules.address == "device" else None
+        lines: Lines = ()
+        deps: tuple[ids.DeviceNumber, ...] = ()
+        response: str | None = None
+        versions: Versions = ()
+        match operation:
+            case Operation.STATUS | Operation.TABLE:
+                lines = _answers.lines(lib, ffi, pointer)
+            case Operation.DEPS:
+                deps = _answers.deps(lib, pointer)
+            case Operation.MESSAGE:
+                self._check_delivered(info)
+                response = _answers.response(lib, ffi, pointer)
+            case Operation.VERSION:
+                versions = _answers.driver_version(lib, ffi, pointer)
+            case Operation.TARGET_VERSION | Operation.TARGET_VERSIONS:
+                versions = _answers.target_versions(lib, ffi, pointer)
+            case _:
+                pass
+        self._result = Result(info=info, lines=lines, deps=deps, response=response, versions=versions)
         return self._result
 
-    def _check_delivered(self, info: DeviceInfo) -> None:
+    def _check_delivered(self, info: DeviceInfo | None) -> None:
         # The kernel calls it success when there is no live table to deliver to. (Messages with @ are for the
         # driver itself.)
-        if not info.live_table and not (self.task.message or "").startswith("@"):
+        text = self.task.message
+        for_driver = isinstance(text, str) and text.startswith("@")
+        if info is not None and not info.live_table and not for_driver:
             raise StateError(self.task.label, "has no live table, so the message reached nobody")
 
     def error(self) -> TaskError:
         """Return the exception for what went wrong, with what libdevmapper and the kernel said of it."""
-        lines = _ffi.take_log()[1]
+        lines = self._take_log()
         kernel = _kmsg.since(self._mark) if self._mark is not None else ()
         said: dict[str, Any] = {"log": lines, "kernel_log": kernel}
-        if self.errno == errno.ENXIO and self.task.operation in _ASKS_TARGET and self._exists():
+        if self.errno == errno.ENXIO and self.rules.asks_target and self._exists():
             # It is a device below it that the target did not find.
             return TargetRefusedError(self.task.operation.value, self.task.label, self.errno, **said)
         return from_task(self.task.operation.value, self.task.label, self.errno, **said)
@@ -435,62 +465,10 @@ class Prepared:
         return True
 
     def _info(self) -> DeviceInfo:
-        raw = self._ffi.new("struct dm_info *")
-        if not self._lib.dm_task_get_info(self.pointer, raw):
-            raise self.error()
-        if self.task.operation in _ABSENCE_UNSEEN and not raw.exists:
+        there, info = _answers.info(self._lib, self._ffi, self.pointer)
+        if not there and self.rules.absence_unseen:
             raise DeviceNotFoundError(self.task.operation.value, self.task.label, errno.ENXIO)
-        return DeviceInfo(
-            name=_ffi.decode(self._ffi, self._lib.dm_task_get_name(self.pointer)),
-            uuid=_ffi.decode(self._ffi, self._lib.dm_task_get_uuid(self.pointer)),
-            number=ids.DeviceNumber(raw.major, raw.minor),
-            suspended=bool(raw.suspended),
-            internal_suspend=bool(raw.internal_suspend),
-            live_table=bool(raw.live_table),
-            inactive_table=bool(raw.inactive_table),
-            open_count=raw.open_count,
-            event_nr=raw.event_nr,
-            target_count=raw.target_count,
-            readonly=bool(raw.read_only),
-            deferred_remove=bool(raw.deferred_remove),
-        )
-
-    def _lines(self) -> tuple[tuple[int, int, str, str], ...]:
-        ffi = self._ffi
-        start, length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        target_type, params = ffi.new("char **"), ffi.new("char **")
-        lines = []
-        following = ffi.NULL
-        while True:
-            following = self._lib.dm_get_next_target(self.pointer, following, start, length, target_type, params)
-            if target_type[0]:
-                lines.append((start[0], length[0], _ffi.decode(ffi, target_type[0]), _ffi.decode(ffi, params[0])))
-            if not following:
-                return tuple(lines)
-
-    def _deps(self) -> tuple[ids.DeviceNumber, ...]:
-        deps = self._lib.dm_task_get_deps(self.pointer)
-        return tuple(ids.DeviceNumber.from_dev(deps.device[i]) for i in range(deps.count))
-
-    def _response(self) -> str | None:
-        pointer = self._lib.dm_task_get_message_response(self.pointer)
-        return _ffi.decode(self._ffi, pointer) if pointer else None
-
-    def _versions(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
-        ffi = self._ffi
-        if self.task.operation is Operation.VERSION:
-            buffer = ffi.new("char[64]")
-            self._set(self._lib.dm_task_get_driver_version(self.pointer, buffer, 64))
-            major, minor, patch = (int(part) for part in _ffi.decode(ffi, buffer).split("."))
-            return (("driver", (major, minor, patch)),)
-        entry = self._lib.dm_task_get_versions(self.pointer)
-        versions = []
-        while True:
-            name = _ffi.decode(ffi, ffi.cast("char *", entry.name))
-            versions.append((name, (entry.version[0], entry.version[1], entry.version[2])))
-            if not entry.next:
-                return tuple(versions)
-            entry = ffi.cast("struct dm_versions *", ffi.cast("char *", entry) + entry.next)
+        return info
 
     def _free(self) -> None:
         if self.pointer:
@@ -500,7 +478,7 @@ class Prepared:
     def _check_node(self, info: DeviceInfo) -> None:
         """Compare the nodes with what they must be now, and mend those that udev, or the lack of it, left wrong."""
         operation = self.task.operation
-        if operation not in _UEVENT:
+        if not self.rules.uevent:
             return
         renamed = self.task.new if operation is Operation.RENAME else None
         if renamed and self.task.name:
@@ -514,6 +492,6 @@ class Prepared:
         there = Task(Operation.MKNODES, name=name).run().device.number  # by now somebody else may have taken the name
         problem = node_problem(name, there if there.major else None)
         if problem is not None:
-            if self._cookie.timed_out:
+            if self._cookie is not None and self._cookie.timed_out:
                 raise UdevTimeoutError(self._cookie.timed_out, name, udev_timeout(), problem)
             raise TaskError(self.task.operation.value, name, None, log=(problem,))

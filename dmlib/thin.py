@@ -21,16 +21,17 @@ from dmlib._quiesce import check_room, turn, write_back
 from dmlib._undo import Undo
 from dmlib.device import REMOVE_TIMEOUT, SUSPEND_TIMEOUT, Device
 from dmlib.errors import ArgumentError, DeviceExistsError, StateError
+from dmlib.operations import Operation
 from dmlib.section import run_section
 from dmlib.table import Table
 from dmlib.targets.thin import ThinStatus, ThinTarget
-from dmlib.task import Operation, Task
+from dmlib.task import Task
 from dmlib.udev import UdevFlags
 from dmlib.units import Sectors, Size, as_sectors
 
 if TYPE_CHECKING:
     from dmlib._pool_life import BlockDevice
-    from dmlib.task import DeviceInfo
+    from dmlib.results import DeviceInfo
 
 __all__ = ["PoolFeatures", "ThinDevice", "ThinPool"]
 
@@ -362,7 +363,7 @@ class ThinDevice:
                     origin.name, "was resumed by somebody while the snapshot was made; it is deleted again"
                 )
             if activate:
-                snap._map(self.pool.number, UdevFlags.LOW_PRIORITY)  # by-uuid links stay with the origin
+                snap._map(self.pool.number, UdevFlags.SNAPSHOT)  # by-uuid links stay with the origin
         return snap
 
     def _make_idle(self, active: DeviceInfo, verb: str, timeout: float | None) -> float | None:

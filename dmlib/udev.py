@@ -35,15 +35,38 @@ class UdevFlags(enum.IntFlag):
     """
     What udev's rules are asked to leave out for a device; valid until its next uevent.
 
-    Source: libdevmapper, ``dm_task_set_cookie``.
+    Two names are what fits a role, the others single rules: ``SNAPSHOT`` for a device with the same content as another,
+    so that links by uuid and label stay with that one; ``PRIVATE`` for a device that only other devices use, so that
+    nobody looks for file systems on it or opens it. dmlib gives ``SNAPSHOT`` to thin snapshots by itself.
+
+    Attributes:
+        DISABLE_DM_RULES: Names and links below ``/dev/mapper``; libdevmapper makes the node then.
+        DISABLE_SUBSYSTEM_RULES: Rules of the program that keeps the device, such as LVM's.
+        DISABLE_DISK_RULES: Looking for what is on it (blkid), and links below ``/dev/disk``.
+        DISABLE_OTHER_RULES: All rules that come later.
+        LOW_PRIORITY: Links that another device has as well stay with that one.
+        SUBSYSTEM_0: The first of eight that mean what the rules of the program that keeps the device make of them.
+
+    Source: libdevmapper, ``dm_task_set_cookie``. (Two more it sets by itself: that the event comes from a program, and
+    that udev alone makes the nodes.)
     """
 
     NONE = 0
+    DISABLE_DM_RULES = 0x0001
     DISABLE_SUBSYSTEM_RULES = 0x0002
     DISABLE_DISK_RULES = 0x0004
     DISABLE_OTHER_RULES = 0x0008
     LOW_PRIORITY = 0x0010
+    SUBSYSTEM_0 = 0x0100
+    SUBSYSTEM_1 = 0x0200
+    SUBSYSTEM_2 = 0x0400
+    SUBSYSTEM_3 = 0x0800
+    SUBSYSTEM_4 = 0x1000
+    SUBSYSTEM_5 = 0x2000
+    SUBSYSTEM_6 = 0x4000
+    SUBSYSTEM_7 = 0x8000
     PRIVATE = DISABLE_SUBSYSTEM_RULES | DISABLE_DISK_RULES | DISABLE_OTHER_RULES
+    SNAPSHOT = LOW_PRIORITY
 
 
 def udev_timeout() -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sphinx.domains.python import PyObject
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "_ext"))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import dmlib
@@ -23,7 +24,7 @@ author = "the dmlib authors"
 project_copyright = author
 version = release = dmlib.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "dm_tables"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dmlib {version}"
@@ -50,7 +51,7 @@ _FIELD = re.compile(r"(Cost|Source|Minimum [a-z-]+): (?=\S)")
 _FOREIGN = re.compile(
     r"(collections\.abc|typing|enum|os|re|types|contextlib|threading)\..*"
     r"|Iterator|Iterable|Sequence|Callable|PathLike|Unpack|Self|Any|Enum|IntFlag|NamedTuple|TracebackType|Literal|TypedDict"
-    r"|(dmlib\.)?section\..*|Prepared\..*|OSError|ValueError|RuntimeError|ExceptionGroup|TypeError|optional|.*\b_[a-z]\w*"
+    r"|(dmlib\.)?section\..*|Secret|Prepared\..*|OSError|ValueError|RuntimeError|ExceptionGroup|TypeError|optional|.*\b_[a-z]\w*"
 )
 
 

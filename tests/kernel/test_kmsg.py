@@ -179,7 +179,8 @@ def test_a_pipe_in_its_place_is_not_emptied(empty_device, tmp_path):
 
 INTERRUPTED = """
 import itertools, signal, sys, threading
-from dmlib import Device, MiB, RawTarget, Table, TargetRefusedError
+from dmlib import Device, MiB, RawTarget, Table, TargetRefusedError, library_version
+library_version()  # Python cannot import one thing in two depths of one thread
 device, refused = Device(sys.argv[1]), Table.single(MiB(1), RawTarget("linear", "7:0 x"))
 def fail():
     try:

@@ -17,6 +17,7 @@ from dmlib import (
     Device,
     DeviceNotFoundError,
     DeviceNumber,
+    Geometry,
     Linear,
     MiB,
     Operation,
@@ -30,6 +31,7 @@ from dmlib import (
     Zero,
     list_devices,
 )
+from dmlib.operations import RULES
 from dmlib.task import Prepared
 
 ZERO = Table.single(MiB(1), Zero())
@@ -61,7 +63,7 @@ def driver_major():
         return next(int(line.split()[0]) for line in file if line.split()[1:] == ["device-mapper"])
 
 
-NOT_ON_A_DEVICE = (Operation.VERSION, Operation.TARGET_VERSIONS, Operation.CREATE)
+NOT_ON_A_DEVICE = {operation for operation, rules in RULES.items() if rules.address != "device"} | {Operation.CREATE}
 
 
 # mknodes is how a node without a device goes away, so it does its work on a missing one.
@@ -70,6 +72,7 @@ def test_missing_in_every_way(operation, driver_major):
     """A uuid or number that no device has is reported by every operation on a device, by that uuid or number."""
     extra = {"message": "hello"} if operation is Operation.MESSAGE else {}
     extra |= {"new": "dmlib-test-new"} if operation in (Operation.RENAME, Operation.SET_UUID) else {}
+    extra |= {"geometry": Geometry(1, 1, 1)} if operation is Operation.SET_GEOMETRY else {}
     if operation is Operation.LOAD:
         extra |= {"targets": [(0, 8, "zero", "")]}
     missing = DeviceNumber(driver_major, 999)
