@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from dmlib.owners import split_lvm_name as split_lvm_name
     from dmlib.results import DeviceInfo as DeviceInfo
     from dmlib.results import Result as Result
+    from dmlib.sysfs import BlockDevice as BlockDevice
+    from dmlib.sysfs import block_device as block_device
+    from dmlib.sysfs import block_devices as block_devices
     from dmlib.table import Segment as Segment
     from dmlib.table import StatusSegment as StatusSegment
     from dmlib.table import Table as Table
@@ -84,6 +87,8 @@ if TYPE_CHECKING:
     from dmlib.thin import PoolFeatures as PoolFeatures
     from dmlib.thin import ThinDevice as ThinDevice
     from dmlib.thin import ThinPool as ThinPool
+    from dmlib.tree import DeviceTree as DeviceTree
+    from dmlib.tree import tear_down as tear_down
     from dmlib.udev import UdevFlags as UdevFlags
     from dmlib.udev import set_udev as set_udev
     from dmlib.units import DataBlocks as DataBlocks
@@ -96,6 +101,7 @@ if TYPE_CHECKING:
     from dmlib.units import TiB as TiB
     from dmlib.units import format_bytes as format_bytes
     from dmlib.usage import User as User
+    from dmlib.usage import device_under as device_under
     from dmlib.usage import users_of as users_of
 
 __version__ = "0.1.0.dev0"
@@ -121,11 +127,13 @@ _ROOMS = {
     "task": "Geometry Task",
     "udev": "UdevFlags set_udev",
     "driver": "ListedDevice driver_version library_version list_devices remove_all target_version target_versions",
+    "sysfs": "BlockDevice block_device block_devices",
+    "tree": "DeviceTree tear_down",
     "events": "Change EventMonitor",
     "aio": "AsyncEventMonitor",
     "device": "Device",
     "loop": "LoopDevice LoopOptions LoopStatus create_sparse_file grow_sparse_file",
-    "usage": "User users_of",
+    "usage": "User device_under users_of",
     "thin": "PoolFeatures ThinDevice ThinPool",
     "targets.thin": "recommended_metadata_size",
 }

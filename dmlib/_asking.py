@@ -8,7 +8,7 @@ What a mapped device can be asked. Nothing here changes one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from dmlib import ids
 from dmlib.errors import DeviceNotFoundError
@@ -18,8 +18,11 @@ from dmlib.table import Table, status_from_entries
 from dmlib.task import Task
 from dmlib.udev import node_path
 from dmlib.units import KiB
+from dmlib.usage import device_under
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from dmlib.results import DeviceInfo
     from dmlib.table import StatusSegment
     from dmlib.units import Sectors
@@ -33,6 +36,68 @@ class Asking:
 
     def __post_init__(self) -> None:
         ids.check_name(self.name)
+
+    # -- finding
+
+    @classmethod
+    def from_uuid(cls, uuid: str) -> Self:
+        """
+        Return the device that has a uuid.
+
+        Raises:
+            ArgumentError: No device can have it.
+            DeviceNotFoundError: None has.
+
+        Cost: one ioctl.
+        """
+        return cls(Task(Operation.INFO, uuid=uuid).run().device.name)
+
+    @classmethod
+    def from_number(cls, number: ids.DeviceNumber) -> Self:
+        """
+        Return the device that has a number.
+
+        Raises:
+            DeviceNotFoundError: There is none, or it is no mapped device.
+
+        Cost: one ioctl.
+        """
+        return cls(Task(Operation.INFO, number=number).run().device.name)
+
+    @classmethod
+    def from_path(cls, path: str | PathLike[str]) -> Self:
+        """
+        Return the device that a path leads to: a node, or any link to one.
+
+        Args:
+            path: Such as ``/dev/dm-3``, ``/dev/mapper/disk``, ``/dev/disk/by-uuid/...``.
+
+        Raises:
+            ArgumentError: There is no block device at the path.
+            DeviceNotFoundError: It is no mapped device.
+
+        Cost: one ioctl.
+        """
+        return cls.from_number(ids.device_number(path, "path"))
+
+    @classmethod
+    def for_filesystem(cls, path: str | PathLike[str]) -> Self:
+        """
+        Return the device that a file system is on.
+
+        Args:
+            path: A file or directory in it.
+
+        Raises:
+            ArgumentError: Nothing is there, or its file system is not on one block device that can be told (tmpfs, NFS,
+                overlay).
+            DeviceNotFoundError: It is on a block device that is no mapped one.
+
+        Cost: one ioctl.
+        """
+        return cls.from_number(device_under(path))
+
+    # -- asking
 
     def __fspath__(self) -> str:
         return self.path

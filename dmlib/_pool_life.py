@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from dmlib.targets.thin_pool import ThinPoolStatus
 
-BlockDevice: TypeAlias = "str | PathLike[str] | ids.DeviceNumber"
+DeviceLike: TypeAlias = "str | PathLike[str] | ids.DeviceNumber"
 """What public calls take as a block device: its path, an object that has one, or its number."""
 
 _METADATA_FIRST_WRITE: Final = MetaBlocks(7)
@@ -75,8 +75,8 @@ class PoolLife(LivePool):
         cls,
         name: str,
         *,
-        metadata: BlockDevice,
-        data: BlockDevice,
+        metadata: DeviceLike,
+        data: DeviceLike,
         data_block_size: Size,
         format: bool = False,  # noqa: A002 - the field's word for it
         **features: Unpack[PoolFeatures],
@@ -155,8 +155,8 @@ class PoolLife(LivePool):
         cls,
         name: str,
         *,
-        metadata: BlockDevice,
-        data: BlockDevice,
+        metadata: DeviceLike,
+        data: DeviceLike,
         **features: Unpack[PoolFeatures],
     ) -> Self:
         """
@@ -202,8 +202,8 @@ class PoolLife(LivePool):
     def temporary(
         cls,
         *,
-        metadata: BlockDevice,
-        data: BlockDevice,
+        metadata: DeviceLike,
+        data: DeviceLike,
         data_block_size: Size,
         name: str | None = None,
         format: bool = False,  # noqa: A002

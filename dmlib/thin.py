@@ -30,7 +30,7 @@ from dmlib.udev import UdevFlags
 from dmlib.units import Sectors, Size, as_sectors
 
 if TYPE_CHECKING:
-    from dmlib._pool_life import BlockDevice
+    from dmlib._pool_life import DeviceLike
     from dmlib.results import DeviceInfo
 
 __all__ = ["PoolFeatures", "ThinDevice", "ThinPool"]
@@ -56,7 +56,7 @@ class ThinPool(PoolLife):
         size: Size,
         *,
         name: str | None = None,
-        external_origin: BlockDevice | None = None,
+        external_origin: DeviceLike | None = None,
     ) -> ThinDevice:
         """
         Name a thin device whose id is in the pool already; asks the kernel nothing and changes nothing.
@@ -75,7 +75,7 @@ class ThinPool(PoolLife):
         size: Size,
         *,
         name: str | None = None,
-        external_origin: BlockDevice | None = None,
+        external_origin: DeviceLike | None = None,
         activate: bool = True,
     ) -> ThinDevice:
         """
@@ -133,7 +133,7 @@ class ThinDevice:
         size: Size,
         *,
         name: str | None = None,
-        external_origin: BlockDevice | None = None,
+        external_origin: DeviceLike | None = None,
     ) -> None:
         self.pool: Final = pool
         self.thin_id: Final = ids.check_thin_id(thin_id)

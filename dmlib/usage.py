@@ -17,7 +17,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from dmlib.errors import ArgumentError
 from dmlib.ids import DeviceNumber, unmangle
+from dmlib.sysfs import entries, node_number, number_in, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,10 +54,10 @@ class User:
         if self.kind == "holder":
             return f"held by device {name} ({self.number})"
         if self.kind == "swap":
-            return f"swap ({name})"
+            return f"used as swap ({name})"
         if self.kind == "opener":
             return f"open in pid {self.pid} ({name})"
-        where = "" if self.pid is None else f" (namespace of pid {self.pid} {self.command})"
+        where = "" if self.pid is None else f" in the mount namespace of pid {self.pid} ({self.command})"
         return f"mounted on {name}{where}"
 
 
@@ -187,69 +189,77 @@ def mount_points(number: DeviceNumber) -> list[MountPoint]:
     return sorted(found, key=lambda place: (place.pid is not None, place.root != "/"))
 
 
+def device_under(path: str | os.PathLike[str]) -> DeviceNumber:
+    """
+    Return the block device of the file system that a path lies in.
+
+    Args:
+        path: A file or directory.
+
+    Raises:
+        ArgumentError: Nothing is there, or its file system is not on one block device that can be told (tmpfs, NFS,
+            overlay).
+
+    Source: stat(2); for file systems with numbers of their own (btrfs), proc(5), ``mountinfo``.
+    """
+    name = os.fspath(path)
+    try:
+        descriptor = os.open(name, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "NUL in the path"
+        raise ArgumentError("path", name, f"must lead to a file or directory ({reason})") from error
+    try:
+        number = DeviceNumber.from_dev(os.fstat(descriptor).st_dev)
+        mount_id = _mount_id(descriptor)
+    finally:
+        os.close(descriptor)
+    if number.major:
+        return number
+    mount = next((one for one in _mounts("self") or () if one.mount_id == mount_id), None)
+    source = None if mount is None else node_number(mount.source)
+    if source is None:
+        kind = "unknown" if mount is None else mount.fs_type
+        raise ArgumentError("path", name, f"must lie in a file system on a block device, and this is {kind}")
+    return source
+
+
+def _mount_id(descriptor: int) -> int | None:
+    info = read(f"/proc/self/fdinfo/{descriptor}") or ""
+    return next((int(line.split()[1]) for line in info.splitlines() if line.startswith("mnt_id:")), None)
+
+
 # -- devices on top
-
-
-def _read(path: str) -> str | None:
-    try:
-        with open(path, "rb") as file:
-            return os.fsdecode(file.read())
-    except OSError:  # gone, never there, or not ours to read
-        return None
-
-
-def _list(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError:
-        return []
-
-
-def _number_in(path: str) -> DeviceNumber | None:
-    text = _read(path)
-    return None if text is None else DeviceNumber.parse(text.strip())
 
 
 def _partitions(number: DeviceNumber) -> list[DeviceNumber]:
     directory = f"/sys/dev/block/{number}"
-    entries = [f"{directory}/{name}" for name in _list(directory)]
-    numbers = [_number_in(f"{entry}/dev") for entry in entries if os.path.exists(f"{entry}/partition")]
+    inside = [f"{directory}/{name}" for name in entries(directory)]
+    numbers = [number_in(f"{one}/dev") for one in inside if os.path.exists(f"{one}/partition")]
     return [number for number in numbers if number is not None]
 
 
 def _holders(number: DeviceNumber) -> list[tuple[DeviceNumber, str]]:
     found = []
     directory = f"/sys/dev/block/{number}/holders"
-    for kernel_name in _list(directory):
-        above = _number_in(f"{directory}/{kernel_name}/dev")
-        mapped = _read(f"{directory}/{kernel_name}/dm/name")
+    for kernel_name in entries(directory):
+        above = number_in(f"{directory}/{kernel_name}/dev")
+        mapped = read(f"{directory}/{kernel_name}/dm/name")
         if above is not None:
-            found.append((above, kernel_name if mapped is None else unmangle(os.fsencode(mapped.rstrip("\n")))))
-    for kernel_name in _list("/sys/block"):
-        backing = _read(f"/sys/block/{kernel_name}/loop/backing_file") if kernel_name.startswith("loop") else None
-        if backing is not None and _node_number(backing.removesuffix("\n")) == number:
-            above = _number_in(f"/sys/block/{kernel_name}/dev")
+            found.append((above, kernel_name if mapped is None else unmangle(os.fsencode(mapped))))
+    for kernel_name in entries("/sys/block"):
+        backing = read(f"/sys/block/{kernel_name}/loop/backing_file") if kernel_name.startswith("loop") else None
+        if backing is not None and node_number(backing) == number:
+            above = number_in(f"/sys/block/{kernel_name}/dev")
             if above is not None:
                 found.append((above, kernel_name))
-    return found
-
-
-def _node_number(path: str, root: str = "/") -> DeviceNumber | None:
-    """Return the number of a block device's node below ``/dev``; looking elsewhere might wait for a server."""
-    if not path.startswith("/dev/"):
-        return None
-    try:
-        status = os.stat(root.rstrip("/") + path)
-    except OSError:
-        return None
-    return DeviceNumber.from_dev(status.st_rdev) if stat.S_ISBLK(status.st_mode) else None
+    return sorted(found)
 
 
 def _same_btrfs(number: DeviceNumber) -> set[DeviceNumber]:
     """Return all devices of the btrfs that a device is part of: its mounts show but one of them."""
-    for file_system in _list("/sys/fs/btrfs"):
+    for file_system in entries("/sys/fs/btrfs"):
         devices = f"/sys/fs/btrfs/{file_system}/devices"
-        members = {_number_in(f"{devices}/{name}/dev") for name in _list(devices)}
+        members = {number_in(f"{devices}/{name}/dev") for name in entries(devices)}
         if number in members:
             return {member for member in members if member is not None}
     return {number}
@@ -312,7 +322,7 @@ def _used_by(mount: _Mount, view: _View, targets: set[DeviceNumber], aliases: se
     if mount.number in targets:
         return mount.number
     if mount.number.major == 0:
-        source = _node_number(mount.source, view.root) or _node_number(mount.source)
+        source = node_number(mount.source, view.root) or node_number(mount.source)
         if source in aliases:
             return source if source in targets else min(targets & _same_btrfs(source), default=None)
     return None
@@ -326,32 +336,31 @@ def _leads_to(path: str, mount_id: int) -> bool:
         return False
     try:
         mode = os.fstat(descriptor).st_mode
-        info = _read(f"/proc/self/fdinfo/{descriptor}") or ""
+        reached = _mount_id(descriptor)
     except OSError:
         return False
     finally:
         os.close(descriptor)
-    reached = [line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:")]
-    return reached == [str(mount_id)] and (stat.S_ISDIR(mode) or stat.S_ISREG(mode))
+    return reached == mount_id and (stat.S_ISDIR(mode) or stat.S_ISREG(mode))
 
 
 # -- swap and processes
 
 
 def _swaps() -> Iterator[tuple[str, DeviceNumber]]:
-    for line in (_read("/proc/swaps") or "").splitlines()[1:]:
+    for line in (read("/proc/swaps") or "").splitlines()[1:]:
         name = _unescape(os.fsencode(line.split()[0]))
-        number = _node_number(name)
+        number = node_number(name)
         if number is not None:
             yield name, number
 
 
 def _pids() -> list[int]:
-    return sorted(int(name) for name in _list("/proc") if name.isdecimal())
+    return sorted(int(name) for name in entries("/proc") if name.isdecimal())
 
 
 def _command(pid: int) -> str:
-    command = (_read(f"/proc/{pid}/comm") or "gone").rstrip("\n")
+    command = read(f"/proc/{pid}/comm") or "gone"
     return command if command.isprintable() else ascii(command)
 
 
@@ -361,7 +370,7 @@ def _may_hang(path: str, mounts: list[_Mount]) -> bool:
 
 
 def _opened_by(pid: int, mounts: list[_Mount], targets: set[DeviceNumber]) -> DeviceNumber | None:
-    for name in _list(f"/proc/{pid}/fd"):
+    for name in entries(f"/proc/{pid}/fd"):
         link = f"/proc/{pid}/fd/{name}"
         try:
             target = os.readlink(link)

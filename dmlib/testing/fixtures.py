@@ -105,7 +105,8 @@ def loop_device(sparse_file: Callable[[dmlib.Size], Path]) -> Iterator[Callable[
 
     yield make
     for loop in reversed(made):
-        loop.device.detach(lazy=True)  # a device over it may be removed by a later finaliser
+        if loop.device.exists():
+            loop.device.detach(lazy=True)  # a device over it may be removed by a later finaliser
 
 
 @pytest.fixture
@@ -124,7 +125,8 @@ def ram_disk() -> Iterator[Callable[[dmlib.Size], dmlib.LoopDevice]]:
 
     yield make
     for loop in reversed(made):
-        loop.detach(lazy=True)
+        if loop.exists():
+            loop.detach(lazy=True)
 
 
 @pytest.fixture

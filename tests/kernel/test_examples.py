@@ -17,7 +17,15 @@ from dmlib import LoopDevice, MiB, PoolMode, ThinPool, create_sparse_file
 
 TREE = Path(__file__).parents[2]
 QUICKSTART = TREE / "examples" / "quickstart.py"
-SHOWN = ("README.md", "docs/howto/from-dmsetup.rst", "docs/howto/grow-a-pool.rst", "docs/howto/handle-errors.rst")
+SHOWN = (
+    "README.md",
+    "docs/howto/from-dmsetup.rst",
+    "docs/howto/find-a-device.rst",
+    "docs/howto/replace-text.rst",
+    "docs/howto/watch-events.rst",
+    "docs/howto/grow-a-pool.rst",
+    "docs/howto/handle-errors.rst",
+)
 
 # The quickstart with something put before its main(), such as an act left out.
 VARIANT = """

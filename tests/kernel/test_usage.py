@@ -176,7 +176,7 @@ def test_a_mount_in_another_namespace(tmp_path, ext4):
         assert tool("findmnt", "-n", "-o", "TARGET", "--list").splitlines().count(os.fspath(directory)) == 0
         (user,) = users(ext4.number)
         assert (user.kind, user.name, user.pid) == ("mount", os.fspath(directory), process.pid)
-        assert str(user) == f"mounted on {directory} (namespace of pid {process.pid} sh)"
+        assert str(user) == f"mounted on {directory} in the mount namespace of pid {process.pid} (sh)"
         (place,) = mount_points(ext4.number)
         assert place.path == f"/proc/{process.pid}/root{directory}"
         assert place.pid == process.pid
@@ -296,7 +296,7 @@ def test_swap(loop):
     tool("swapon", loop.path)
     try:
         assert users(loop.number) == [User("swap", loop.path, loop.number)]
-        assert texts(loop.number) == [f"swap ({loop.path})"]
+        assert texts(loop.number) == [f"used as swap ({loop.path})"]
     finally:
         tool("swapoff", loop.path)
     assert users(loop.number) == []

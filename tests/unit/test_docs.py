@@ -13,18 +13,18 @@ import pytest
 import dmlib
 
 TREE = Path(__file__).parents[2]
-PURE = ("units", "ids", "owners", "errors", "table", "targets")
-PURE_MODULES = [f"dmlib.{name}" for name in PURE]
-PURE_MODULES += [f"dmlib.targets.{path.stem}" for path in sorted((TREE / "dmlib/targets").glob("[!_]*.py"))]
+SHOWING = ("units", "ids", "owners", "errors", "table", "targets", "tree")
+SHOWING_MODULES = [f"dmlib.{name}" for name in SHOWING]
+SHOWING_MODULES += [f"dmlib.targets.{path.stem}" for path in sorted((TREE / "dmlib/targets").glob("[!_]*.py"))]
 REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((TREE / "docs/reference").glob("*.rst")))
 PUBLIC = [name for name in dmlib.__all__ if name != "__version__"]
 CLASSES = [name for name in PUBLIC if isinstance(getattr(dmlib, name), type)]
 GROUPS = ["Security", "Removed", "Deprecated", "Added", "Changed", "Fixed"]
 
 
-@pytest.mark.parametrize("name", PURE_MODULES)
+@pytest.mark.parametrize("name", SHOWING_MODULES)
 def test_docstring_examples(name):
-    """What the docstrings of the pure rooms show is what happens."""
+    """What the docstrings show, where they show what needs no driver, is what happens."""
     module = importlib.import_module(name)
     shown = Path(inspect.getfile(module)).read_text(encoding="utf-8").count("    >>> ")
     result = doctest.testmod(module)
@@ -33,7 +33,7 @@ def test_docstring_examples(name):
 
 def test_some_examples_exist():
     """The examples are found: the vocabulary and the table have some."""
-    counts = {name: doctest.testmod(importlib.import_module(name)).attempted for name in PURE_MODULES}
+    counts = {name: doctest.testmod(importlib.import_module(name)).attempted for name in SHOWING_MODULES}
     assert all(counts[f"dmlib.{name}"] for name in ("units", "ids", "table"))
 
 
