@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 # What the inner pytest must not inherit: where files go, which tests run, how it is shown, other plugins' processes.
 _OWN_OPTIONS: Final = {
-    *("basetemp", "cacheclear", "cacheshow", "collectonly", "confcutdir", "deselect", "failedfirst", "file_or_dir"),
+    *("basetemp", "cacheclear", "cacheshow", "collectonly", "confcutdir", "deselect", "dm_run", "failedfirst"),
+    "file_or_dir",
     *("help", "ignore", "ignore_glob", "inifilename", "keyword", "lf", "log_file", "markers", "markexpr", "newfirst"),
     *("no_header", "no_summary", "numprocesses", "override_ini", "pastebin", "plugins", "rootdir", "showfixtures"),
     *("show_fixtures_per_test", "stepwise", "stepwise_skip", "trace", "usepdb", "usepdb_cls", "version", "xmlpath"),
 }
-_OWN_PREFIXES: Final = ("cov", "dm_", "report")
+_OWN_PREFIXES: Final = ("cov", "report")
 _TAIL: Final = 4000
 _SPEAKER: Final = "dmlib.testing: "  # how the runner begins its sentences
 
@@ -62,6 +63,7 @@ class Outer:
             before = len(self._pending)
             self._running, self._done, self._errors = None, False, []
             trouble = self._one_guest()
+            self._stop_if_asked()
             if self._running is not None:
                 self._fail(self._running, f"the guest ended while this test ran: {trouble}")
             if self._done or len(self._pending) == before:

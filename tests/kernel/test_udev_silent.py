@@ -247,3 +247,34 @@ def test_a_pool_works_under_a_silent_udev(pool, thin, backing, sh):
     assert None not in asked[:3]
     assert asked[3] is None
     assert semaphores() == before
+
+
+LEAVING = """
+import signal, sys, threading
+from dmlib import *
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+table = Table.single(MiB(1), Zero())
+threading.Timer(0.05, print, ("busy",), {"flush": True}).start()
+while True:
+    with Device.temporary(table, name=sys.argv[1]) as device:
+        device.rename(device.name + "-b").rename(device.name)
+"""
+
+
+@with_udev
+@pytest.mark.usefixtures("short_wait")
+@pytest.mark.parametrize("turn", range(4))
+def test_a_program_that_leaves_at_any_point_leaves_no_cookie(unique_name, turn):
+    """sys.exit() from a signal handler, in whatever verb it comes, ends with no semaphore and no device of the name."""
+    name, before = unique_name(), semaphores()
+    process = child(LEAVING, name)
+    assert process.stdout.readline() == "busy\n"
+    time.sleep(0.037 * turn)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 3
+    settle()
+    assert semaphores() == before
+    for left in (name, f"{name}-b"):  # renamed at that moment, it is not what temporary() knows
+        if Device(left).exists():
+            Device(left).remove()
