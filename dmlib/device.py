@@ -292,12 +292,15 @@ class Device(Asking):
         self._mine("clear")
         Task(Operation.CLEAR, name=self.name).run()
 
-    def resume(self, *, udev: UdevFlags = UdevFlags.NONE) -> None:
+    def resume(self, *, udev: UdevFlags | None = None) -> None:
         """
         Make the inactive table live, if there is one, and let I/O go on.
 
         Replacing a live table in a device that is not suspended makes the kernel suspend it with a flush first,
         without a deadline: :meth:`reload` is the verb for that.
+
+        Args:
+            udev: What udev's rules leave out for the device; by default what they left out before.
 
         Raises:
             DeviceNotFoundError: There is no such device.

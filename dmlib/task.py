@@ -24,7 +24,8 @@ from dmlib.errors import (
 )
 from dmlib.operations import INPUTS, RULES, Operation
 from dmlib.results import DeviceInfo, Result
-from dmlib.udev import Cookie, UdevFlags, node_problem, udev_timeout
+from dmlib.sysfs import node_number
+from dmlib.udev import Cookie, UdevFlags, flags_in_database, node_path, node_problem, udev_timeout
 from dmlib.units import Sectors
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ __all__ = ["DeviceInfo", "Geometry", "Operation", "Prepared", "Result", "Task"]
 
 _NOT_RUN: Final = 0
 _DONE: Final = 1
-_DEFAULTS: Final = {"flush": True, "lockfs": True, "sector": 0, "targets": (), "udev": UdevFlags.NONE}
+_DEFAULTS: Final = {"flush": True, "lockfs": True, "sector": 0, "targets": ()}
 _ID_LIMIT: Final = (1 << 32) - 2
 _MODE_LIMIT: Final = 0o777
 _MINOR_LIMIT: Final = (1 << 20) - 1
@@ -108,7 +109,7 @@ class Task:
         uid: Owner of the node, if dmlib makes it and not udev: in ``create`` (without udev) and ``resume``.
         gid: Its group.
         mode: Its permissions.
-        udev: What udev's rules are to leave out.
+        udev: What udev's rules are to leave out; by default what they left out before.
 
     Raises:
         ArgumentError: A name, uuid, target type or number that the kernel cannot take.
@@ -166,7 +167,7 @@ class Task:
         uid: int | None = None,
         gid: int | None = None,
         mode: int | None = None,
-        udev: UdevFlags = UdevFlags.NONE,
+        udev: UdevFlags | None = None,
     ) -> None:
         self.operation = operation
         self.name = None if name is None else ids.check_name(name)
@@ -373,8 +374,17 @@ class Prepared:
         if operation is Operation.RESUME or (operation is Operation.CREATE and not lib.dm_udev_get_sync_support()):
             self._set(lib.dm_task_set_add_node(self.pointer, lib.DM_ADD_NODE_ON_CREATE))
         # A removal can do without a cookie: where no semaphore is left, it is what takes things back.
-        if self._cookie is not None and not self._cookie.attach(self.pointer, self.task.udev):
+        if self._cookie is not None and not self._cookie.attach(self.pointer, self._udev_flags()):
             self._set(operation is Operation.REMOVE)
+
+    def _udev_flags(self) -> UdevFlags:
+        task = self.task
+        if task.udev is not None:
+            return task.udev
+        number = task.number
+        if number is None and task.name is not None:
+            number = node_number(node_path(task.name))
+        return UdevFlags.NONE if number is None else flags_in_database(number)
 
     def _set(self, ok: int) -> None:
         if not ok:

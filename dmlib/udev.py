@@ -33,7 +33,10 @@ _timeout = 30.0
 
 class UdevFlags(enum.IntFlag):
     """
-    What udev's rules are asked to leave out for a device; valid until its next uevent.
+    What udev's rules are asked to leave out for a device.
+
+    The rules themselves forget it with the device's next uevent; dmlib asks for the same again, in each verb that
+    causes one, unless told otherwise.
 
     Two names are what fits a role, the others single rules: ``SNAPSHOT`` for a device with the same content as another,
     so that links by uuid and label stay with that one; ``PRIVATE`` for a device that only other devices use, so that
@@ -67,6 +70,31 @@ class UdevFlags(enum.IntFlag):
     SUBSYSTEM_7 = 0x8000
     PRIVATE = DISABLE_SUBSYSTEM_RULES | DISABLE_DISK_RULES | DISABLE_OTHER_RULES
     SNAPSHOT = LOW_PRIORITY
+
+
+_IN_DATABASE: Final = {
+    "DM_UDEV_DISABLE_DM_RULES_FLAG": UdevFlags.DISABLE_DM_RULES,
+    "DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG": UdevFlags.DISABLE_SUBSYSTEM_RULES,
+    "DM_UDEV_DISABLE_DISK_RULES_FLAG": UdevFlags.DISABLE_DISK_RULES,
+    "DM_UDEV_DISABLE_OTHER_RULES_FLAG": UdevFlags.DISABLE_OTHER_RULES,
+    "DM_UDEV_LOW_PRIORITY_FLAG": UdevFlags.LOW_PRIORITY,
+    **{f"DM_SUBSYSTEM_UDEV_FLAG{bit}": UdevFlags(0x0100 << bit) for bit in range(8)},
+}
+
+
+def flags_in_database(number: ids.DeviceNumber) -> UdevFlags:
+    """Return what udev's rules were asked to leave out at a device's last event; nothing if udev does not know it."""
+    flags = UdevFlags.NONE
+    try:
+        with open(f"/run/udev/data/b{number}", encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:  # no udev, or not its device
+        return flags
+    for line in lines:
+        name, _, value = line.removeprefix("E:").partition("=")
+        if value == "1":
+            flags |= _IN_DATABASE.get(name, UdevFlags.NONE)
+    return flags
 
 
 def udev_timeout() -> float:

@@ -11,7 +11,7 @@ import pytest
 
 from dmlib import Device, DeviceNotFoundError, Linear, MiB, Sectors, Table, Zero, list_devices
 
-pytestmark = pytest.mark.concurrency
+pytestmark = [pytest.mark.concurrency, pytest.mark.once]
 
 ZERO = Table.single(MiB(1), Zero())
 THREADS_EACH = 4

@@ -19,7 +19,7 @@ from dmlib import (
     Zero,
     set_udev,
 )
-from dmlib.udev import udev_timeout
+from dmlib.udev import flags_in_database, udev_timeout
 from kernel_kit import MAKE_AND_SHOW, child, link, output, semaphores, settle
 
 ZERO = Table.single(MiB(1), Zero())
@@ -100,6 +100,45 @@ def test_a_snapshot_does_not_take_the_links_of_its_origin(thin, sh):
     assert by_uuid.resolve().name == origin
     snap.deactivate()
     assert by_uuid.resolve().name == origin
+
+
+@with_udev
+def test_a_role_is_kept(pool, thin, backing, sh):
+    """A pool stays private, and a snapshot behind its origin, through whatever else is done to them."""
+    sh(f"mkfs.ext4 -q {thin.path}")
+    settle()
+    by_uuid = Path(f"/dev/disk/by-uuid/{sh(f'blkid -o value -s UUID {thin.path}').strip()}")
+    origin = f"dm-{thin.device.info().number.minor}"
+    snap = thin.snapshot(1)
+    backing[1].grow(MiB(80))
+    pool.grow_data()
+    snap.resize(MiB(40))
+    snap.snapshot(2, activate=False)
+    with snap.device.suspended():
+        assert snap.device.info().suspended
+    renamed = snap.device.rename(f"{snap.name}-b")
+    assert flags_in_database(renamed.info().number) == UdevFlags.SNAPSHOT
+    assert flags_in_database(pool.number) == UdevFlags.PRIVATE
+    assert flags_in_database(thin.device.info().number) == UdevFlags.NONE
+    assert properties(renamed)["DM_UDEV_LOW_PRIORITY_FLAG"] == "1"
+    assert "ID_FS_TYPE" not in properties(pool.device)
+    assert by_uuid.resolve().name == origin
+    renamed.suspend()
+    renamed.resume(udev=UdevFlags.NONE)
+    assert flags_in_database(renamed.info().number) == UdevFlags.NONE
+    renamed.remove()
+
+
+@with_udev
+def test_flags_of_a_subsystem(unique_name):
+    """Each flag arrives in udev's database, those of the device's own program among them."""
+    flags = UdevFlags.SUBSYSTEM_0 | UdevFlags.SUBSYSTEM_5 | UdevFlags.DISABLE_OTHER_RULES
+    device = Device.create(unique_name(), ZERO, udev=flags)
+    assert flags_in_database(device.info().number) == flags
+    assert properties(device)["DM_SUBSYSTEM_UDEV_FLAG5"] == "1"
+    device.reload(ZERO)
+    assert flags_in_database(device.info().number) == flags
+    device.remove()
 
 
 # -- without udev
