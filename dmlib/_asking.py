@@ -50,7 +50,7 @@ class Asking:
 
         Cost: one ioctl.
         """
-        return cls(Task(Operation.INFO, uuid=uuid).run().device.name)
+        return cls(Task(Operation.INFO, uuid=ids.check_uuid(uuid)).run().device.name)
 
     @classmethod
     def from_number(cls, number: ids.DeviceNumber) -> Self:

@@ -158,7 +158,7 @@ class Listing:
     def __init__(self, descriptor: int, size: int, name_prefix: str = "", uuid_prefix: str = "") -> None:
         self.descriptor = descriptor
         self.buffer = bytearray(size)
-        self._prefixes = name_prefix, uuid_prefix
+        self._prefixes = ids.check_prefix(name_prefix, "name_prefix"), ids.check_prefix(uuid_prefix, "uuid_prefix")
         # The driver filters from 4.45 on (Linux 5.13) and ignores this before, so the answer is looked through as well.
         self._filter = tuple(ids.mangle(prefix).encode("ascii") for prefix in self._prefixes)
 

@@ -24,7 +24,7 @@ from dmlib.operations import Operation
 from dmlib.section import Hold, run_section, wait_for_late
 from dmlib.task import Task
 from dmlib.udev import UdevFlags
-from dmlib.units import KiB, as_sectors
+from dmlib.units import KiB, TiB, as_sectors
 from dmlib.usage import users_of
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ SUSPEND_TIMEOUT: Final = 30.0
 REMOVE_TIMEOUT: Final = 5.0
 """Seconds for which a busy device is tried again: udev and blkid tend to have a new device open for a moment."""
 
+_READ_AHEAD_LIMIT: Final = TiB(4)
 _FIRST_PAUSE: Final = 0.005
 _LONGEST_PAUSE: Final = 0.25
 
@@ -245,14 +246,14 @@ class Device(Asking):
             size: How much, in whole KiB; ``Sectors(0)`` for nothing.
 
         Raises:
-            ArgumentError: Not whole KiB.
+            ArgumentError: Not whole KiB, or 4 TiB and more.
             DeviceNotFoundError: There is no such device.
 
         Source: sysfs, ``queue/read_ahead_kb``.
         """
         sectors = as_sectors(size, "size")
-        if sectors % KiB(1):
-            raise ArgumentError("size", sectors, "must be whole KiB")
+        if sectors % KiB(1) or sectors >= _READ_AHEAD_LIMIT:
+            raise ArgumentError("size", sectors, f"must be whole KiB, and less than {_READ_AHEAD_LIMIT}")
         self._mine("set_read_ahead")
         with open(self._sysfs("queue/read_ahead_kb"), "w", encoding="ascii") as file:
             file.write(str(sectors // KiB(1)))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 
 from dmlib import _control, _ffi
 from dmlib._control import EVENT_NR_SINCE, ListedDevice, Listing
-from dmlib.errors import DeviceNotFoundError, StateError, UnsupportedError
+from dmlib.errors import ArgumentError, DeviceNotFoundError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -219,10 +219,12 @@ class EventMonitor:
             What happened; nothing if the time is over, or the monitor was closed meanwhile.
 
         Raises:
+            ArgumentError: A *timeout* below zero.
             StateError: The monitor is closed, or is waited on already.
         """
+        deadline = _deadline(timeout)
         with self._turn():
-            return self._wait(None if timeout is None else time.monotonic() + timeout)
+            return self._wait(deadline)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -270,10 +272,20 @@ class EventMonitor:
                 return
 
 
+def _deadline(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ArgumentError("timeout", timeout, "must be seconds, or None")
+    return time.monotonic() + timeout
+
+
 def wait_for_event(name: str, event_nr: int, timeout: float | None) -> int | None:
     """Return the event number of a device once it is another one; see :meth:`dmlib.Device.wait`."""
+    if type(event_nr) is not int:
+        raise TypeError(f"event_nr must be an int, not {type(event_nr).__name__}")
+    deadline = _deadline(timeout)
     with EventMonitor(name_prefix=name) as monitor:
-        deadline = None if timeout is None else time.monotonic() + timeout
         number: DeviceNumber | None = None
         while True:
             device = next((one for one in monitor.devices if one.name == name), None)

@@ -163,6 +163,37 @@ class DeviceNumber(NamedTuple):
         return cls(int(match[1]), int(match[2]))
 
 
+def path_text(path: str | PathLike[str], field: str, or_else: str = "") -> str:
+    """
+    Return a path as text.
+
+    Args:
+        path: It, or something that has one.
+        field: What to call the value in the error.
+        or_else: What else may stand there, for the error.
+
+    Raises:
+        TypeError: It is none.
+    """
+    try:
+        return os.fsdecode(os.fspath(path))
+    except TypeError:
+        kind = type(path).__name__
+        raise TypeError(f"{field} must be {or_else}a path or something with a path, not {kind}") from None
+
+
+def check_prefix(prefix: str, field: str) -> str:
+    """
+    Return the beginning of a name or uuid.
+
+    Raises:
+        TypeError: It is no str.
+    """
+    if not isinstance(prefix, str):
+        raise TypeError(f"{field} must be a str, not {type(prefix).__name__}")
+    return prefix
+
+
 def device_number(device: str | PathLike[str] | DeviceNumber, field: str = "device") -> DeviceNumber:
     """
     Return the number of a block device given by number, by path, or by anything with a path.
@@ -181,11 +212,7 @@ def device_number(device: str | PathLike[str] | DeviceNumber, field: str = "devi
     """
     if isinstance(device, DeviceNumber):
         return device
-    try:
-        path = os.fspath(device)
-    except TypeError:
-        kind = type(device).__name__
-        raise TypeError(f"{field} must be a DeviceNumber, a path or something with a path, not {kind}") from None
+    path = path_text(device, field, "a DeviceNumber, ")
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:

@@ -172,6 +172,8 @@ class Task:
         self.operation = operation
         self.name = None if name is None else ids.check_name(name)
         self.uuid = None if uuid is None else ids.check_uuid(uuid)
+        if number is not None and not isinstance(number, ids.DeviceNumber):
+            raise TypeError(f"number must be a DeviceNumber, not {type(number).__name__}")
         self.number = number
         self.target = None if target is None else ids.check_target_type(target)
         self.new = new
@@ -189,6 +191,8 @@ class Task:
             isinstance(text, str) for text in (message or "", *(t[3] for t in self.targets))
         )
         self.measurement = measurement
+        if geometry is not None and not isinstance(geometry, Geometry):
+            raise TypeError(f"geometry must be a Geometry, not {type(geometry).__name__}")
         self.geometry = None if geometry is None else geometry.checked()
         self.minor = _check_number(minor, "minor", _MINOR_LIMIT)
         self.uid = _check_number(uid, "uid", _ID_LIMIT)

@@ -136,8 +136,7 @@ def lsblk_size(count: int) -> str:
 
 
 def tear_down(
-    devices: Iterable[Device | LoopDevice | DeviceNumber | str | PathLike[str]],
-    *,
+    *devices: Device | LoopDevice | DeviceNumber | str | PathLike[str],
     foreign: bool = False,
     detach_loops: bool = False,
     timeout: float = REMOVE_TIMEOUT,
@@ -150,7 +149,7 @@ def tear_down(
     there, and what was removed until then has been reported.
 
     Args:
-        devices: The lowest devices that are to go: objects, numbers, or paths.
+        *devices: The lowest devices that are to go: objects, numbers, or paths.
         foreign: Remove devices of other programs as well; see :class:`dmlib.Device`.
         detach_loops: Detach loop devices as well: those among *devices*, those that stand on them, and those below them
             that nothing else uses.

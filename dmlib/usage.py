@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from dmlib.errors import ArgumentError
-from dmlib.ids import DeviceNumber, unmangle
+from dmlib.ids import DeviceNumber, path_text, unmangle
 from dmlib.sysfs import entries, node_number, number_in, read
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def device_under(path: str | os.PathLike[str]) -> DeviceNumber:
 
     Source: stat(2); for file systems with numbers of their own (btrfs), proc(5), ``mountinfo``.
     """
-    name = os.fspath(path)
+    name = path_text(path, "path")
     try:
         descriptor = os.open(name, os.O_PATH | os.O_CLOEXEC)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from dmlib import (
+    ArgumentError,
     AsyncEventMonitor,
     Device,
     DeviceNotFoundError,
@@ -346,3 +347,25 @@ except DriverUnavailableError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "13\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "error"),
+    [
+        (lambda device: device.wait("0", timeout=0), TypeError),
+        (lambda device: device.wait(True, timeout=0), TypeError),
+        (lambda device: device.wait(0, timeout=-1), ArgumentError),
+        (lambda device: device.wait(0, timeout=float("nan")), ArgumentError),
+        (lambda _: EventMonitor(name_prefix=5), TypeError),
+        (lambda _: list_devices(uuid_prefix=b"LVM-"), TypeError),
+        (lambda _: Device.from_uuid(None), TypeError),
+        (lambda _: Device.from_number("254:0"), TypeError),
+        (lambda device: device.set_geometry((1, 2, 3)), TypeError),
+        (lambda device: device.set_read_ahead("4TiB"), ArgumentError),
+        (lambda _: Device.for_filesystem(3), TypeError),
+    ],
+)
+def test_arguments_of_another_kind(linear_device, verb, error):
+    """What makes no sense is refused by name, instead of being taken for something else."""
+    with pytest.raises(error, match=r"timeout|event_nr|prefix|uuid|number|geometry|size|path"):
+        verb(linear_device)

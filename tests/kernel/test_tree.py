@@ -72,7 +72,7 @@ def test_as_lsblk_shows_it(thin, stack, tmp_path, unique_name):
         for place in places:
             tool("umount", os.fspath(place))
         tool("dmsetup", "remove", foreign)
-    tear_down([stack[1]])
+    tear_down(stack[1])
 
 
 def test_the_graph(stack):
@@ -85,7 +85,7 @@ def test_the_graph(stack):
     assert loop.number in {device.number for device in tree.roots()}
     ordered = names(tree.users_first([block_device(low)]))
     assert (ordered[0], ordered[-1], len(ordered)) == (top.name, low.name, 4)
-    tear_down([low])
+    tear_down(low)
 
 
 # -- taking down
@@ -95,7 +95,7 @@ def test_a_stack_goes_users_first(stack):
     """All of a stack goes, the top first, each step told; what it stands on stays."""
     loop, low, _left, _right, top = stack
     told = []
-    gone = tear_down([low], on_step=told.append)
+    gone = tear_down(low, on_step=told.append)
     assert told == gone
     assert (gone[0].name, gone[-1].name, len(gone)) == (top.name, low.name, 4)
     assert list_devices() == []
@@ -105,9 +105,9 @@ def test_a_stack_goes_users_first(stack):
 def test_part_of_a_stack(stack):
     """Only what stands on the device that is named goes with it."""
     _loop, low, left, right, top = stack
-    assert names(tear_down([left.path])) == [top.name, left.name]
+    assert names(tear_down(left.path)) == [top.name, left.name]
     assert {device.name for device in list_devices()} == {low.name, right.name}
-    tear_down([right.info().number, low])
+    tear_down(right.info().number, low)
 
 
 def test_with_loop_devices(stack):
@@ -115,10 +115,10 @@ def test_with_loop_devices(stack):
     loop, low, _left, _right, top = stack
     over = LoopDevice.attach(top.path)
     with pytest.raises(DeviceNotFoundError) as caught:
-        tear_down([low])
+        tear_down(low)
     assert caught.value.device == os.path.basename(over.path)
     assert len(list_devices()) == 4
-    gone = names(tear_down([low], detach_loops=True))
+    gone = names(tear_down(low, detach_loops=True))
     assert gone[0] == os.path.basename(over.path)
     assert gone[-1] == os.path.basename(loop.path)
     assert attached() == {}
@@ -131,16 +131,16 @@ def test_what_is_in_use_stays_as_a_whole(stack, tmp_path):
     tool("mkfs.ext4", "-q", top.path)
     tool("mount", top.path, os.fspath(tmp_path))
     with pytest.raises(DeviceBusyError) as caught:
-        tear_down([low])
+        tear_down(low)
     assert caught.value.users == (f"mounted on {tmp_path}",)
     tool("umount", os.fspath(tmp_path))
     descriptor = os.open(left.path, os.O_RDONLY)
     with pytest.raises(DeviceBusyError) as caught:
-        tear_down([low], timeout=0.1)
+        tear_down(low, timeout=0.1)
     assert (caught.value.device, len(caught.value.users)) == (left.name, 1)
     os.close(descriptor)
     assert len(list_devices()) == 4
-    assert len(tear_down([low])) == 4
+    assert len(tear_down(low)) == 4
 
 
 def test_devices_of_others(stack, unique_name):
@@ -149,17 +149,17 @@ def test_devices_of_others(stack, unique_name):
     name = unique_name()
     tool("dmsetup", "create", name, "--uuid", "CRYPT-x", "--table", f"0 8 linear {top.info().number} 0")
     with pytest.raises(ForeignDeviceError) as caught:
-        tear_down([low])
+        tear_down(low)
     assert (caught.value.device, caught.value.owner) == (name, "cryptsetup")
     assert len(list_devices()) == 5
-    assert names(tear_down([low], foreign=True))[0] == name
+    assert names(tear_down(low, foreign=True))[0] == name
 
 
 def test_a_pool_with_its_devices(pool, thin):
     """A pool goes after its thin devices; what is in it is there when it is started again."""
     snap = thin.snapshot(1)
     metadata, data = pool.metadata_device, pool.data_device
-    assert names(tear_down([pool.device]))[-1] == pool.name
+    assert names(tear_down(pool.device))[-1] == pool.name
     assert list_devices() == []
     again = type(pool).activate(pool.name, metadata=metadata, data=data)
     again.thin(snap.thin_id, snap.size).activate()
@@ -169,7 +169,9 @@ def test_a_pool_with_its_devices(pool, thin):
 def test_what_is_not_there():
     """A number without a device, a path without one and a disk are refused."""
     with pytest.raises(DeviceNotFoundError):
-        tear_down([DeviceNumber(253, 999)])
+        tear_down(DeviceNumber(253, 999))
     with pytest.raises(ArgumentError):
-        tear_down(["/dev/none"])
-    assert tear_down([]) == []
+        tear_down("/dev/none")
+    with pytest.raises(TypeError, match="device must be a DeviceNumber, a path"):
+        tear_down(None)
+    assert tear_down() == []
