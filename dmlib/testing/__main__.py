@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--memory", default="1G", metavar="SIZE", help="the guest's memory (default 1G)")
     verb.add_argument("--timeout", type=float, metavar="SECONDS", help="kill guest and command after this time")
     verb.add_argument("--writable", action="append", default=[], metavar="DIR", help="folder that may be changed")
+    verb.add_argument(
+        "--disk", action="append", default=[], type=_variable, metavar="NAME=SIZE", help="a disk, as /dev/dmlib/NAME"
+    )
     verb.add_argument("--env", action="append", default=[], type=_variable, metavar="NAME=VALUE", help="set a variable")
     verb.add_argument("--console", action="store_true", help="show what the guest's kernel says, on standard error")
     verb.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="what to run")
@@ -105,6 +108,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             cpus=options.cpus,
             memory=options.memory,
             writable=options.writable,
+            disks=dict(options.disk),
             timeout=options.timeout,
             console=2 if options.console else None,
             announce=True,

@@ -25,6 +25,8 @@ def check(job: Job) -> None:
     Raises:
         GuestUnavailableError: It may not; the message says why.
     """
+    if job.disks:
+        raise GuestUnavailableError("Disks are for guests; on this machine's own kernel, use loop devices.")
     if os.geteuid() != 0:
         raise GuestUnavailableError("Running directly takes root.")
     try:

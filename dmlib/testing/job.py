@@ -24,6 +24,11 @@ MODPROBE_HOME = GUEST_HOME + "/modprobe"
 _DROPPED_VARIABLES = ("TMPDIR", "TMP", "TEMP", "XDG_RUNTIME_DIR")
 _ROOTS_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 _MEMORY = re.compile(r"[1-9][0-9]*[MG]")
+_DISK_NAME = re.compile(r"[a-z][a-z0-9-]{0,15}")
+_DISK_SIZE = re.compile(r"([1-9][0-9]*)([MGT])")
+_DISKS_LIMIT = 8
+# Where a guest has its disks by name.
+DISKS = "/dev/dmlib"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class Job:
         cpus: Number of processors.
         memory: Size of the guest's memory, such as ``"1G"`` or ``"512M"``.
         writable: Folders of the host that the command may change; all else is read-only.
+        disks: Sizes of empty disks by name, such as ``{"data": "16G"}``; the guest has them as ``/dev/dmlib/<name>``.
         timeout: Seconds until the guest is killed, boot included; None waits for ever.
     """
 
@@ -51,6 +57,7 @@ class Job:
     cpus: int = 1
     memory: str = "1G"
     writable: Sequence[str] = ()
+    disks: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
 
     def __post_init__(self) -> None:
@@ -68,9 +75,19 @@ class Job:
             if re.search(r"[,\s\\]", os.path.abspath(folder)):
                 # Mount options and kernel command lines have no quoting that all kinds of guest understand.
                 raise ValueError(f"writable folder {folder!r} has a comma, a backslash or a space in its path")
+        self._check_disks()
         for name, value in self.extra_env.items():
             if not name or "=" in name or "\0" in name + value:
                 raise ValueError(f"{name!r} cannot be the name of an environment variable")
+
+    def _check_disks(self) -> None:
+        if len(self.disks) > _DISKS_LIMIT:
+            raise ValueError(f"a guest has at most {_DISKS_LIMIT} disks, not {len(self.disks)}")
+        for name, size in self.disks.items():
+            if _DISK_NAME.fullmatch(name) is None:
+                raise ValueError(f"the name of a disk must be a short word of a-z, 0-9 and -, not {name!r}")
+            if _DISK_SIZE.fullmatch(size) is None:
+                raise ValueError(f"disk {name} must have a size with M, G or T, such as 16G, not {size!r}")
 
     @property
     def folder(self) -> str:
@@ -81,6 +98,16 @@ class Job:
     def writable_folders(self) -> list[str]:
         """Absolute paths of the writable folders."""
         return [os.path.abspath(folder) for folder in self.writable]
+
+    def make_disks(self, folder: str) -> list[str]:
+        """Make the files of the disks, which take no room until they are written, and return their paths."""
+        paths = []
+        for name, size in self.disks.items():
+            number, unit = size[:-1], size[-1]
+            paths.append(os.path.join(folder, f"disk-{name}"))
+            with open(paths[-1], "xb") as file:
+                file.truncate(int(number) << {"M": 20, "G": 30, "T": 40}[unit])
+        return paths
 
     def environment(self) -> dict[str, str]:
         """Return the command's environment inside a guest."""

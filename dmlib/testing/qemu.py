@@ -62,7 +62,13 @@ class Qemu(Backend):
         table = write_file(folder, "fstab", mount_table(mounts(job, writable)))
         lines = Lines(control="$control", stdout="$stdout", stderr=None if channels.stderr is None else "$stderr")
         script = guest_script(
-            job, table=table, modules=kernel.modules, find_lines=_FIND_PORTS, lines=lines, token=token
+            job,
+            table=table,
+            modules=kernel.modules,
+            find_lines=("modprobe virtio_blk\n" if job.disks else "") + _FIND_PORTS,
+            disk_stem="/dev/vd",
+            lines=lines,
+            token=token,
         )
         init = write_file(folder, "init", script, mode=0o700)
         ram_disk = os.path.join(folder, "initramfs")
@@ -78,6 +84,7 @@ class Qemu(Backend):
             *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
             *_share("root", "/", readonly=True),
             *(word for number, path in enumerate(job.writable_folders) for word in _share(f"rw{number}", path)),
+            *(word for number, path in enumerate(job.make_disks(folder)) for word in _disk(number, path)),
             *("-device", "virtio-serial-pci"),
             *_port("control", channels.control),
             *_port("stdout", channels.stdout),
@@ -110,6 +117,14 @@ def _share(tag: str, path: str, *, readonly: bool = False) -> list[str]:
     return [
         *("-fsdev", f"local,id={tag},path={path},security_model=none,readonly={mode},multidevs=remap"),
         *("-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"),
+    ]
+
+
+def _disk(number: int, path: str) -> list[str]:
+    """Return options for a disk that need not survive the guest."""
+    return [
+        *("-drive", f"file={path},format=raw,if=none,id=disk{number},cache=unsafe,discard=unmap"),
+        *("-device", f"virtio-blk-pci,drive=disk{number}"),
     ]
 
 

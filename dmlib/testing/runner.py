@@ -82,6 +82,7 @@ def run(
     cpus: int = 1,
     memory: str = "1G",
     writable: Sequence[str] = (),
+    disks: Mapping[str, str] | None = None,
     timeout: float | None = None,
     stdout: int = 1,
     stderr: int = 2,
@@ -101,6 +102,7 @@ def run(
         cpus: Number of processors; User-Mode Linux has one.
         memory: The guest's memory, such as ``"1G"``.
         writable: Folders of the host that the command may change; in a guest all else of the host is read-only.
+        disks: Sizes of empty disks by name, such as ``{"data": "16G"}``, which a guest has as ``/dev/dmlib/<name>``.
         timeout: Seconds until guest and command are killed, boot included.
         stdout: Descriptor that takes the command's output.
         stderr: Descriptor that takes its errors.
@@ -117,7 +119,7 @@ def run(
     """
     job = Job(
         command=tuple(command), cwd=cwd, env=env, extra_env=extra_env or {}, udev=udev, cpus=cpus, memory=memory,
-        writable=tuple(writable), timeout=timeout,
+        writable=tuple(writable), disks=disks or {}, timeout=timeout,
     )  # fmt: skip
     backend, reason = choose(job, on)
     if announce:

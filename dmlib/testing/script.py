@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dmlib.testing.errors import GuestUnavailableError
-from dmlib.testing.job import HOST_TREE, MODPROBE_HOME, Job
+from dmlib.testing.job import DISKS, HOST_TREE, MODPROBE_HOME, Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,7 +37,9 @@ class Lines:
     terminals: bool = False
 
 
-def guest_script(job: Job, *, table: str, modules: str, find_lines: str, lines: Lines, token: str) -> str:
+def guest_script(
+    job: Job, *, table: str, modules: str, find_lines: str, disk_stem: str, lines: Lines, token: str
+) -> str:
     """
     Return the script: mounts, modules, udevd, the command, its status.
 
@@ -46,6 +48,7 @@ def guest_script(job: Job, *, table: str, modules: str, find_lines: str, lines: 
         table: Path of the mount table, as `mount_table` makes it.
         modules: Folder of the host with one folder of modules for each kernel version.
         find_lines: Shell lines that set what *lines* refers to.
+        disk_stem: How the nodes of the guest's disks begin, before their letters.
         lines: Where the answers go.
         token: What the guest writes last on both outputs; all before it belongs to the command.
     """
@@ -59,6 +62,7 @@ def guest_script(job: Job, *, table: str, modules: str, find_lines: str, lines: 
             _modules(modules),
             "modprobe -a loop dm-mod\n",
             find_lines,
+            _disks(job, disk_stem),
             _show_files(job),
             _udev(job),
             _command(job, lines, token),
@@ -114,6 +118,14 @@ def _modules(modules: str) -> str:
         f"chmod 755 {place}/bin/modprobe\n"
         f"echo {place}/bin/modprobe >/proc/sys/kernel/modprobe\n"
     )
+
+
+def _disks(job: Job, stem: str) -> str:
+    """Return lines that give the disks their names."""
+    lines = f"mkdir -p {DISKS}\n" if job.disks else ""
+    for letter, name in zip("abcdefgh", job.disks, strict=False):
+        lines += f"while ! [ -b {stem}{letter} ]; do sleep 0.1; done\nln -s {stem}{letter} {DISKS}/{name}\n"
+    return lines
 
 
 def _show_files(job: Job) -> str:

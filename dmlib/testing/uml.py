@@ -43,7 +43,9 @@ class UserModeLinux(Backend):
             stderr=None if channels.stderr is None else "/dev/ttyS2",
             terminals=True,
         )
-        script = guest_script(job, table=table, modules=_MODULES, find_lines="", lines=lines, token=token)
+        script = guest_script(
+            job, table=table, modules=_MODULES, find_lines="", disk_stem="/dev/ubd", lines=lines, token=token
+        )
         serials = [channels.control, channels.stdout, channels.stderr]
         argv = [
             shutil.which("linux.uml") or "linux.uml",
@@ -58,6 +60,7 @@ class UserModeLinux(Backend):
             "con=null",
             "con0=null,fd:1",
             "ssl=null",
+            *(f"ubd{number}={path}" for number, path in enumerate(job.make_disks(folder))),
             *(f"ssl{number}=null,fd:{fd}" for number, fd in enumerate(serials) if fd is not None),
         ]
         # No TMPDIR: the guest's memory is a deleted file, on /dev/shm if it may choose and not on a disk.

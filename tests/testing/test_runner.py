@@ -334,3 +334,31 @@ def test_the_token_is_cut_off_however_it_arrives(size):
     with open(reader, "rb") as file:
         assert file.read() == b"xx abcab abcabc"
     assert stream.ended
+
+
+@pytest.mark.parametrize("on", ["uml", "qemu"])
+def test_disks(runner, on):
+    """Disks are there by name, as large as asked for and empty, can be written, and take no room on the host."""
+    script = (
+        "for name in data meta-data; do blockdev --getsize64 /dev/dmlib/$name; done; "
+        "printf x | dd of=/dev/dmlib/data bs=1 seek=1000000000 status=none conv=notrunc; "
+        "dd if=/dev/dmlib/data bs=1 skip=1000000000 count=1 status=none; cmp -n 1000000 /dev/dmlib/data /dev/zero"
+    )
+    done = runner("--disk", "data=16G", "--disk", "meta-data=5M", "--", "sh", "-c", script, on=on)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [b"17179869184", b"5242880", b"x"]
+
+
+@pytest.mark.parametrize("disk", ["data=16", "data=0G", "Data=1G", "a b=1G", "/x=1G", "data=1Gi", "=1G", "data"])
+def test_disks_that_cannot_be(runner, disk):
+    """A size without unit or a name that is no word is refused before anything is started."""
+    done = runner("--disk", disk, "--", "true")
+    assert done.returncode == 2
+    assert b"usage:" in done.stderr
+
+
+def test_disks_directly(runner):
+    """On the machine's own kernel there are no disks to be had, and that is said."""
+    done = runner("--disk", "data=1G", "--", "true", on="direct")
+    assert done.returncode == 69
+    assert b"use loop devices" in done.stderr
