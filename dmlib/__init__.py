@@ -62,10 +62,19 @@ if TYPE_CHECKING:
     from dmlib.table import Segment as Segment
     from dmlib.table import StatusSegment as StatusSegment
     from dmlib.table import Table as Table
+    from dmlib.targets import CorruptByte as CorruptByte
+    from dmlib.targets import Delay as Delay
+    from dmlib.targets import DelayedPath as DelayedPath
+    from dmlib.targets import DelayStatus as DelayStatus
     from dmlib.targets import DiscardMode as DiscardMode
+    from dmlib.targets import Dust as Dust
+    from dmlib.targets import DustStatus as DustStatus
     from dmlib.targets import EmptyStatus as EmptyStatus
     from dmlib.targets import Error as Error
+    from dmlib.targets import Flakey as Flakey
     from dmlib.targets import Linear as Linear
+    from dmlib.targets import LogWrites as LogWrites
+    from dmlib.targets import LogWritesStatus as LogWritesStatus
     from dmlib.targets import PoolMode as PoolMode
     from dmlib.targets import RawStatus as RawStatus
     from dmlib.targets import RawTarget as RawTarget
@@ -117,6 +126,7 @@ _ROOMS = {
         "SuspendTimeoutError TargetRefusedError TaskError UdevTimeoutError UnsupportedError"
     ),
     "targets": (
+        "CorruptByte Delay DelayStatus DelayedPath Dust DustStatus Flakey LogWrites LogWritesStatus "
         "DiscardMode EmptyStatus Error Linear PoolMode RawStatus RawTarget StatusUnavailable Stripe Striped "
         "StripedStatus ThinFailed ThinPoolFailed ThinPoolStatus ThinPoolTarget ThinStatus ThinTarget "
         "ThinUnbound Zero"

@@ -79,7 +79,12 @@ TIERS = (
         marks="concurrency and not slow",
         guest=QEMU,  # its two processors, emulated, keep about one of ours busy
     ),
-    Tier(name="runner", group="runner", paths=("tests/testing",)),
+    Tier(name="runner", group="runner", paths=("tests/testing/test_runner.py",)),
+    Tier(
+        name="plugin",
+        group="runner",
+        paths=("tests/testing/test_plugin.py", "tests/testing/test_sample_project.py"),
+    ),
     Tier(name="harsh, without udev", group="harsh", paths=KERNEL, marks="slow", guest=UML, limit=3600),
     Tier(name="harsh, with udev", group="harsh", paths=KERNEL, marks="slow", guest=(*UML, "--dm-udev"), limit=3600),
     Tier(

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from dmlib.targets._base import StatusUnavailable as StatusUnavailable
     from dmlib.targets._base import Target as Target
     from dmlib.targets._base import TargetDevice as TargetDevice
+    from dmlib.targets.delay import Delay as Delay
+    from dmlib.targets.delay import DelayedPath as DelayedPath
+    from dmlib.targets.delay import DelayStatus as DelayStatus
+    from dmlib.targets.dust import Dust as Dust
+    from dmlib.targets.dust import DustStatus as DustStatus
+    from dmlib.targets.flakey import CorruptByte as CorruptByte
+    from dmlib.targets.flakey import Flakey as Flakey
     from dmlib.targets.linear import Linear as Linear
+    from dmlib.targets.log_writes import LogWrites as LogWrites
+    from dmlib.targets.log_writes import LogWritesStatus as LogWritesStatus
     from dmlib.targets.simple import Error as Error
     from dmlib.targets.simple import Zero as Zero
     from dmlib.targets.striped import Stripe as Stripe
@@ -42,6 +51,10 @@ _TYPES: Final = {
     "striped": "Striped",
     "zero": "Zero",
     "error": "Error",
+    "delay": "Delay",
+    "flakey": "Flakey",
+    "dust": "Dust",
+    "log-writes": "LogWrites",
     "thin-pool": "ThinPoolTarget",
     "thin": "ThinTarget",
 }
@@ -51,6 +64,10 @@ _NAMES: Final = {
     "linear": ("Linear",),
     "striped": ("Stripe", "Striped", "StripedStatus"),
     "simple": ("Error", "Zero"),
+    "delay": ("Delay", "DelayStatus", "DelayedPath"),
+    "flakey": ("CorruptByte", "Flakey"),
+    "dust": ("Dust", "DustStatus"),
+    "log_writes": ("LogWrites", "LogWritesStatus"),
     "thin": ("ThinFailed", "ThinStatus", "ThinTarget", "ThinUnbound"),
     "thin_pool": ("DiscardMode", "PoolMode", "ThinPoolFailed", "ThinPoolStatus", "ThinPoolTarget"),
 }

@@ -147,6 +147,13 @@ def check_word(word: str, field: str, rule: str = "must be one word, without whi
     return word
 
 
+def check_number(number: int, field: str, limit: int) -> int:
+    """Return a number of a table, 0..*limit*."""
+    if type(number) is not int or not 0 <= number <= limit:
+        raise ArgumentError(field, number, f"must be a whole number 0..{limit}")
+    return number
+
+
 def check_extra(words: Iterable[str], field: str = "extra") -> tuple[str, ...]:
     """Return words that this version of dmlib does not know, each checked to be one word."""
     return tuple(check_word(word, field) for word in words) if words else ()

@@ -26,7 +26,10 @@ FLOORS = (
     {"units", "ids"},
     {"owners"},
     {"targets._base"},
-    {"targets.linear", "targets.striped", "targets.simple", "targets.thin"},
+    {
+        *("targets.linear", "targets.striped", "targets.simple", "targets.thin"),
+        *("targets.delay", "targets.dust", "targets.flakey", "targets.log_writes"),
+    },
     {"targets.thin_pool"},
     {"targets"},
     {"table"},
