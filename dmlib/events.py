@@ -199,9 +199,12 @@ class EventMonitor:
         Return what has happened since the last look, without waiting.
 
         Raises:
-            StateError: The monitor is closed.
+            StateError: The monitor is closed, or another thread waits on it.
         """
-        self._see_to_fork()
+        with self._turn():
+            return self._look()
+
+    def _look(self) -> tuple[Change, ...]:
         self._listing.arm()
         now = tuple(self._listing.read())
         changes = compare(self.devices, now)
@@ -251,7 +254,7 @@ class EventMonitor:
             ready = poller.poll(None if left is None else left * 1000)
             if not ready or any(descriptor == self._wake for descriptor, _ in ready):
                 return ()
-            if changes := self.read():
+            if changes := self._look():
                 return changes
 
     def __iter__(self) -> Iterator[Change]:

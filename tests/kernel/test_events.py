@@ -217,8 +217,9 @@ def test_one_waits_at_a_time(monitor):
     thread = threading.Thread(target=lambda: answers.append(monitor.poll(20)))
     thread.start()
     wait_until(lambda: monitor._waited_on)
-    with pytest.raises(StateError, match="waited on"):
-        monitor.poll(0)
+    for verb in (lambda: monitor.poll(0), monitor.read):
+        with pytest.raises(StateError, match="waited on"):
+            verb()
     assert thread.is_alive()
     monitor.close()
     thread.join(5)
