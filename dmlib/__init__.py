@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dmlib.loop import LoopStatus as LoopStatus
     from dmlib.loop import create_sparse_file as create_sparse_file
     from dmlib.loop import grow_sparse_file as grow_sparse_file
+    from dmlib.operations import Geometry as Geometry
     from dmlib.operations import Operation as Operation
     from dmlib.owners import LvmName as LvmName
     from dmlib.owners import Owner as Owner
@@ -91,7 +92,6 @@ if TYPE_CHECKING:
     from dmlib.targets import ThinUnbound as ThinUnbound
     from dmlib.targets import Zero as Zero
     from dmlib.targets.thin import recommended_metadata_size as recommended_metadata_size
-    from dmlib.task import Geometry as Geometry
     from dmlib.task import Task as Task
     from dmlib.thin import PoolFeatures as PoolFeatures
     from dmlib.thin import ThinDevice as ThinDevice
@@ -132,9 +132,9 @@ _ROOMS = {
         "ThinUnbound Zero"
     ),
     "table": "Segment StatusSegment Table",
-    "operations": "Operation",
+    "operations": "Geometry Operation",
     "results": "DeviceInfo Result",
-    "task": "Geometry Task",
+    "task": "Task",
     "udev": "UdevFlags set_udev",
     "driver": "ListedDevice driver_version library_version list_devices remove_all target_version target_versions",
     "sysfs": "BlockDevice block_device block_devices",

@@ -20,7 +20,7 @@ from dmlib._asking import Asking
 from dmlib._guard import refuse_foreign
 from dmlib._undo import Undo, undisturbed
 from dmlib.errors import ArgumentError, DeviceBusyError, DeviceExistsError, DeviceNotFoundError, StateError
-from dmlib.operations import Operation
+from dmlib.operations import Geometry, Operation
 from dmlib.section import Hold, run_section, wait_for_late
 from dmlib.task import Task
 from dmlib.udev import UdevFlags
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dmlib.table import Table
-    from dmlib.task import Geometry, Secret
+    from dmlib.task import Secret
     from dmlib.units import Size
 
 SUSPEND_TIMEOUT: Final = 30.0

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple, Self
+
+from dmlib.errors import ArgumentError
+from dmlib.units import Sectors
 
 Version = tuple[int, ...]
 
@@ -289,3 +292,40 @@ GETTERS: Final = {
         of=_on(Operation.VERSION, Operation.TARGET_VERSION, Operation.TARGET_VERSIONS),
     ),
 }
+
+
+def check_number(value: int | None, field: str, limit: int) -> int | None:
+    """Return a number of a task, 0..*limit*, if there is one."""
+    if value is not None and not (type(value) is int and 0 <= value <= limit):
+        raise ArgumentError(field, value, f"must be a whole number 0..{limit}")
+    return value
+
+
+class Geometry(NamedTuple):
+    """
+    What a disk of old would look like; ``HDIO_GETGEO`` answers with it.
+
+    Attributes:
+        cylinders: 0..65535.
+        heads: 0..255.
+        sectors: Sectors in a track, 0..255.
+        start: Where the device begins on the disk.
+    """
+
+    cylinders: int
+    heads: int
+    sectors: int
+    start: Sectors = Sectors(0)
+
+    def checked(self) -> Self:
+        """
+        Return it if the driver takes it.
+
+        Raises:
+            ArgumentError: A number beyond its limit.
+        """
+        for field, limit in (("cylinders", 0xFFFF), ("heads", 0xFF), ("sectors", 0xFF)):
+            check_number(getattr(self, field), field, limit)
+        if self.start.count > self.cylinders * self.heads * self.sectors:
+            raise ArgumentError("start", self.start, "must not be beyond cylinders times heads times sectors")
+        return self

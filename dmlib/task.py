@@ -9,11 +9,10 @@ failure becomes an exception in :meth:`Prepared.result` and nowhere else. Most p
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from dmlib import _answers, _ffi, _kmsg, ids
 from dmlib.errors import (
-    ArgumentError,
     DeviceNotFoundError,
     StateError,
     TargetRefusedError,
@@ -22,11 +21,10 @@ from dmlib.errors import (
     UnsupportedError,
     from_task,
 )
-from dmlib.operations import INPUTS, RULES, Operation
+from dmlib.operations import INPUTS, RULES, Geometry, Operation, check_number
 from dmlib.results import DeviceInfo, Result
 from dmlib.sysfs import node_number
 from dmlib.udev import Cookie, UdevFlags, flags_in_database, node_path, node_problem, udev_timeout
-from dmlib.units import Sectors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,36 +43,6 @@ _MINOR_LIMIT: Final = (1 << 20) - 1
 
 Secret = bytes | bytearray | memoryview
 """Text with key material in it: its owner can wipe it, unlike a str."""
-
-
-class Geometry(NamedTuple):
-    """
-    What a disk of old would look like; ``HDIO_GETGEO`` answers with it.
-
-    Attributes:
-        cylinders: 0..65535.
-        heads: 0..255.
-        sectors: Sectors in a track, 0..255.
-        start: Where the device begins on the disk.
-    """
-
-    cylinders: int
-    heads: int
-    sectors: int
-    start: Sectors = Sectors(0)
-
-    def checked(self) -> Self:
-        """
-        Return it if the driver takes it.
-
-        Raises:
-            ArgumentError: A number beyond its limit.
-        """
-        for field, limit in (("cylinders", 0xFFFF), ("heads", 0xFF), ("sectors", 0xFF)):
-            _check_number(getattr(self, field), field, limit)
-        if self.start.count > self.cylinders * self.heads * self.sectors:
-            raise ArgumentError("start", self.start, "must not be beyond cylinders times heads times sectors")
-        return self
 
 
 class Task:
@@ -194,10 +162,10 @@ class Task:
         if geometry is not None and not isinstance(geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry, not {type(geometry).__name__}")
         self.geometry = None if geometry is None else geometry.checked()
-        self.minor = _check_number(minor, "minor", _MINOR_LIMIT)
-        self.uid = _check_number(uid, "uid", _ID_LIMIT)
-        self.gid = _check_number(gid, "gid", _ID_LIMIT)
-        self.mode = _check_number(mode, "mode", _MODE_LIMIT)
+        self.minor = check_number(minor, "minor", _MINOR_LIMIT)
+        self.uid = check_number(uid, "uid", _ID_LIMIT)
+        self.gid = check_number(gid, "gid", _ID_LIMIT)
+        self.mode = check_number(mode, "mode", _MODE_LIMIT)
         self.udev = udev
         self._check()
         self._outcome: _ffi.IntPtr | None = None
@@ -248,12 +216,6 @@ class Task:
                 if prepared.errno != errno.EINTR:
                     return prepared.result()
             self._outcome = None
-
-
-def _check_number(value: int | None, field: str, limit: int) -> int | None:
-    if value is not None and not (type(value) is int and 0 <= value <= limit):
-        raise ArgumentError(field, value, f"must be a whole number 0..{limit}")
-    return value
 
 
 class Prepared:

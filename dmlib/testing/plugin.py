@@ -105,7 +105,10 @@ def _needs(item: pytest.Item) -> dict[str, Any]:
     """Return what the markers of an item ask for together; the nearest decides on udev."""
     needs = _requirements()
     for marker in reversed(list(item.iter_markers(MARKER))):
-        more = _requirements(**marker.kwargs)
+        try:
+            more = _requirements(*marker.args, **marker.kwargs)
+        except TypeError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {MARKER}: {error}") from error
         needs["targets"] += more["targets"]
         needs["driver"] = max(needs["driver"], more["driver"])
         needs["udev"] = needs["udev"] if more["udev"] is None else more["udev"]
