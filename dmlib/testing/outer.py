@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,9 @@ class Outer:
         self._config = session.config
         aside = ["sh", "-c", f'exec "$@" {DESCRIPTOR}>&1 1>&2', "sh"]
         inner = [sys.executable, "-m", "pytest", "-p", "dmlib.testing.inner", *self._arguments()]
-        self._command = [*command, "--env", f"{GUEST_MARK}=1", "--", *aside, *inner, "--dm-orders"]
+        # A pytest that is killed takes the runner along, and with it the guest.
+        along = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
+        self._command = [*along, *command, "--env", f"{GUEST_MARK}=1", "--", *aside, *inner, "--dm-orders"]
         self._pending: dict[str, pytest.Item] = {}
         self._running: str | None = None
         self._done = False

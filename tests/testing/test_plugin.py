@@ -246,6 +246,34 @@ def test_ctrl_c(suite):
     assert "1 passed" in rest
 
 
+def test_a_session_that_is_killed(suite):
+    """A pytest that is killed leaves no guest either; its folder with the orders is all that stays."""
+    suite.write(
+        """
+        import time
+
+        @pytest.mark.needs_device_mapper
+        def test_hangs():
+            print("hanging")
+            time.sleep(100)
+        """
+    )
+    process = subprocess.Popen(suite.command("--dm-run=uml"), cwd=suite.tests, env=suite.environment())
+    deadline = time.monotonic() + 30
+    while not any("inner" in line and "init" not in line for line in suite.processes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while suite.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert suite.processes() == []
+    for folder in suite.temporary.glob("dmlib-orders-*"):
+        shutil.rmtree(folder)
+
+
 def test_time_limit(suite):
     """A guest that takes too long is ended: the test that ran fails, those after it get another guest."""
     suite.write(
