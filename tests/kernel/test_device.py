@@ -259,7 +259,7 @@ def test_data_reaches_what_is_below(unique_name, loop_device, sh):
 
 @pytest.mark.parametrize(
     ("type_name", "params", "as_kernel"),
-    [("delay", "{} 0 0 {} 0 5", "{} 0 0 {} 0 5"), ("flakey", "{} 0 60 0 1 drop_writes", "{} 0 60 0 1 drop_writes")],
+    [("unstriped", "2 128 1 {} 0", "2 128 1 {} 0"), ("switch", "1 2048 0 {} 0", "1 2048 0 {} 0")],
 )
 def test_raw_target(type_name, params, as_kernel, unique_name, loop_device, sh):
     """A target that dmlib has no class for is created, read back and printed as the kernel has it."""
