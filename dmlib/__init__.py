@@ -10,6 +10,9 @@ from dmlib._lazy import importer
 TYPE_CHECKING = False  # what typing's is to type checkers, without the cost of importing typing
 if TYPE_CHECKING:
     from dmlib.aio import AsyncEventMonitor as AsyncEventMonitor
+    from dmlib.archive import ByDevice as ByDevice
+    from dmlib.archive import parse_status as parse_status
+    from dmlib.archive import parse_table as parse_table
     from dmlib.device import Device as Device
     from dmlib.driver import ListedDevice as ListedDevice
     from dmlib.driver import driver_version as driver_version
@@ -132,6 +135,7 @@ _ROOMS = {
         "ThinUnbound Zero"
     ),
     "table": "Segment StatusSegment Table",
+    "archive": "ByDevice parse_status parse_table",
     "operations": "Geometry Operation",
     "results": "DeviceInfo Result",
     "task": "Task",

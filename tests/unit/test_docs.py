@@ -13,7 +13,7 @@ import pytest
 import dmlib
 
 TREE = Path(__file__).parents[2]
-SHOWING = ("units", "ids", "owners", "errors", "table", "targets", "tree")
+SHOWING = ("units", "ids", "owners", "errors", "table", "archive", "targets", "tree")
 SHOWING_MODULES = [f"dmlib.{name}" for name in SHOWING]
 SHOWING_MODULES += [f"dmlib.targets.{path.stem}" for path in sorted((TREE / "dmlib/targets").glob("[!_]*.py"))]
 REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((TREE / "docs/reference").glob("*.rst")))

@@ -33,6 +33,7 @@ FLOORS = (
     {"targets.thin_pool"},
     {"targets"},
     {"table"},
+    {"archive"},
     {"_kmsg", "_control", "_loopctl", "_undo", "sysfs"},
     {"usage"},
     {"_ffi"},
@@ -50,7 +51,7 @@ FLOORS = (
     {"_pool_life"},
     {"thin"},
 )
-PURE = {"errors", "_lazy", "units", "ids", "owners", "table"}
+PURE = {"errors", "_lazy", "units", "ids", "owners", "table", "archive"}
 PRINTERS = ("testing", "cli", "__main__")
 USERS = {"testing.fixtures", "testing.world"}  # run where there is a device mapper
 LAZY = {"_lazy"}  # imports by name, on first use
